@@ -1,0 +1,46 @@
+"""What a loader yields and a method takes."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B images seen in V views, with the facts that say where every view comes from.
+
+    All chance of a view is drawn in the worker; what depends on time inside a method comes from `step`,
+    `epoch` and `seed`, which the loop fills.
+    """
+
+    views: list[Tensor]
+    """V tensors (B, 3, S_v, S_v): uint8 from the workers, normalised float32 once `photometric` has run."""
+    crops: Tensor
+    """(B, V, 4) float32: x0 y0 x1 y1 of each crop in pixels of the source image."""
+    flips: Tensor
+    """(B, V) bool: mirrored left-right after cropping."""
+    turns: Tensor
+    """(B, V) int64: counter-clockwise quarter turns after the flip."""
+    index: Tensor
+    """(B,) int64: the image's number in the dataset."""
+    colour: Tensor | None = None
+    """(B, V, P) float32: the drawn parameters of the colour operations; None once they have been applied."""
+    unreadable: tuple[str, ...] = ()
+    """Files that could not be read; another image of the dataset took the place of each."""
+    step: int = 0
+    epoch: float = 0.0
+    seed: int = 0
+
+    def _map_tensors(self, function) -> "Batch":  # type: ignore[no-untyped-def]
+        colour = None if self.colour is None else function(self.colour)
+        facts = {name: function(getattr(self, name)) for name in ("crops", "flips", "turns", "index")}
+        return replace(self, views=[function(view) for view in self.views], colour=colour, **facts)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`; copies from pinned memory do not block the host."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
