@@ -1,5 +1,6 @@
 """What a loader yields and a method takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,22 +26,24 @@ class Batch:
     index: Tensor
     """(B,) int64: the image's number in the dataset."""
     colour: Tensor | None = None
-    """(B, V, P) float32: the drawn parameters of the colour operations; None once they have been applied."""
+    """(B, V, P) float32 on the host: the drawn parameters of the colour operations; None once they are applied."""
     unreadable: tuple[str, ...] = ()
     """Files that could not be read; another image of the dataset took the place of each."""
     step: int = 0
     epoch: float = 0.0
     seed: int = 0
 
-    def _map_tensors(self, function) -> "Batch":  # type: ignore[no-untyped-def]
-        colour = None if self.colour is None else function(self.colour)
-        facts = {name: function(getattr(self, name)) for name in ("crops", "flips", "turns", "index")}
-        return replace(self, views=[function(view) for view in self.views], colour=colour, **facts)
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        facts = {name: change(getattr(self, name)) for name in ("crops", "flips", "turns", "index")}
+        return replace(self, views=[change(view) for view in self.views], **facts)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; copies from pinned memory do not block the host."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on `device`; copies from pinned memory do not block the host.
+
+        `colour` stays on the host, where `photometric` reads which images take part in what.
+        """
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory())
+        return self._with(lambda tensor: tensor.pin_memory())

@@ -1,0 +1,122 @@
+"""Which images: COCO, COCO+, ImageNet, ADE20K, any folder, the demo; index -> what a worker sends for one image."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data.scenes import make_demo
+from data.views import ViewRecipe, make_views, slotcon_views
+from utils import distributed
+from utils.arguments import at_least, between
+from utils.errors import UsageError
+
+# The folders of each data set below --data-dir (the demo's below the folder it makes).
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "COCO": ("train2017",),
+    "COCOplus": ("train2017", "unlabeled2017"),
+    "COCOval": ("val2017",),
+    "ImageNet": ("train",),
+    "ADE20K": ("images/training",),
+    "folder": ("",),
+    "demo": ("train/images",),
+}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+_TRIES = 20
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags that say which images and views."""
+    group.add_argument("--dataset", choices=tuple(FOLDERS), default="COCO", help="layout of the images in --data-dir")
+    group.add_argument("--data-dir", default="./data", help="folder of the data set; the demo is made there")
+    group.add_argument("--image-size", type=at_least(32), default=224, help="side of a view, pixels")
+    group.add_argument("--min-scale", type=between(0, 1), default=0.08, help="smallest crop, share of the image's area")
+    group.add_argument("--num-workers", type=at_least(0), default=8, help="processes that decode images, for each GPU")
+
+
+class Sample(NamedTuple):
+    """What a worker sends for one image: V views and where they come from, as in `utils.batch.Batch`."""
+
+    views: list[Tensor]
+    """V tensors (3, S, S) uint8."""
+    crops: Tensor
+    flips: Tensor
+    turns: Tensor
+    colour: Tensor
+    index: int
+    unreadable: tuple[str, ...]
+
+
+class SceneDataset:
+    """The views of a list of image files, drawn from (seed, epoch, image number, view) and nothing else.
+
+    An index counts on over the epochs: index i is image `i % len` in epoch `i // len`.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], recipes: tuple[ViewRecipe, ...], seed: int):
+        self.root, self.recipes, self.seed = root, recipes, seed
+        self.files = np.array(files)  # one block of memory, which workers share without copying
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Index -> views. The next readable image takes the place of one that is not; if many in a row are not, a
+        black one does, and the run, which counts them, stops at its next report."""
+        epoch, number = divmod(int(index), len(self))
+        unreadable: list[str] = []
+        for substitute in range(number, number + _TRIES):
+            substitute %= len(self)
+            path = self.root / str(self.files[substitute])
+            try:
+                with Image.open(path) as image:
+                    return self._sample(image, epoch, substitute, unreadable)
+            except Exception:  # damaged files make Pillow's decoders raise nearly anything
+                unreadable.append(str(path))
+        return self._sample(Image.new("RGB", (256, 256)), epoch, number, unreadable)
+
+    def _sample(self, image: Image.Image, epoch: int, number: int, unreadable: list[str]) -> Sample:
+        drawn = make_views(image, self.recipes, self.seed, epoch, number)
+        return Sample(*drawn, index=number, unreadable=tuple(unreadable))
+
+
+def build_dataset(args: argparse.Namespace) -> SceneDataset:
+    """The data set that `args.dataset` and `args.data_dir` name, with the views of `args.method`.
+
+    Raises:
+        UsageError: a folder is missing or has no images.
+    """
+    root = Path(args.data_dir)
+    if args.dataset == "demo":
+        if distributed.local_rank() == 0:
+            make_demo(root, args.seed)
+        distributed.barrier()
+        root = make_demo(root, args.seed)
+    elif not root.is_dir():
+        raise UsageError(f"--data-dir {root}: no such folder")
+    files = sorted(file for folder in FOLDERS[args.dataset] for file in _images(root, folder, args.dataset))
+    return SceneDataset(root, files, slotcon_views(args.image_size, args.min_scale), args.seed)
+
+
+def _images(root: Path, folder: str, dataset: str) -> list[str]:
+    """Image files at any depth below `root / folder`, relative to `root`."""
+    if not (root / folder).is_dir():
+        raise UsageError(f"--data-dir {root}: --dataset {dataset} wants {folder}/ in it, and there is none")
+    files = list(_walk(root, folder))
+    if not files:
+        raise UsageError(f"--data-dir {root / folder}: no images in it (looked for {' '.join(SUFFIXES)})")
+    return files
+
+
+def _walk(root: Path, folder: str) -> Iterator[str]:
+    for entry in os.scandir(root / folder):
+        inside = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.is_dir():
+            yield from _walk(root, inside)
+        elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
+            yield inside

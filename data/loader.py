@@ -1,0 +1,65 @@
+"""Batches: which images each rank sees at each step, by workers, from any step on."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data.datasets import Sample, SceneDataset
+from utils import distributed
+from utils.batch import Batch
+
+__all__ = ["Batch", "EpochSampler", "build_loader", "collate"]
+
+
+class EpochSampler(Sampler[list[int]]):
+    """This rank's share of every batch from batch number `start` to the end of the run.
+
+    Each epoch is a permutation of the images drawn from (seed, epoch); images that fill no whole batch wait for
+    another epoch. The batches do not depend on the number of ranks, workers or restarts.
+    """
+
+    def __init__(self, images: int, batch_size: int, batches_per_epoch: int, start: int, stop: int, seed: int):
+        self.images, self.batch_size, self.batches_per_epoch = images, batch_size, batches_per_epoch
+        self.start, self.stop, self.seed = start, stop, seed
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // distributed.world_size()
+        offset = share * distributed.rank()
+        order, order_epoch = np.empty(0), -1
+        for number in range(self.start, self.stop):
+            epoch, batch = divmod(number, self.batches_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
+            first = batch * self.batch_size + offset
+            yield (order[first : first + share] + epoch * self.images).tolist()
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Samples of B images -> a batch on the CPU, views uint8, colour not yet applied."""
+    views, crops, flips, turns, colour, index, unreadable = zip(*samples)
+    return Batch(
+        views=[torch.stack(view) for view in zip(*views)],
+        crops=torch.stack(crops),
+        flips=torch.stack(flips),
+        turns=torch.stack(turns),
+        index=torch.tensor(index),
+        colour=torch.stack(colour),
+        unreadable=tuple(name for names in unreadable for name in names),
+    )
+
+
+def build_loader(dataset: SceneDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of `Batch`; the workers run on over the ends of epochs."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )

@@ -1,0 +1,49 @@
+"""The losses: tensors in, scalar out, in float32 whatever the precision of the networks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def distillation(
+    student: Tensor, teacher: Tensor, centre: Tensor, student_temp: float, teacher_temp: float, valid: Tensor
+) -> Tensor:
+    """Grouping loss of one direction (SlotCon, equation 4).
+
+    `- sum_k softmax((teacher - centre) / teacher_temp) log softmax(student / student_temp)`, mean over
+    positions and over the images that count; 0 if none does.
+
+    Args:
+        student: (B, K, H, W) aligned scores, with gradient.
+        teacher: (B, K, H, W) aligned scores of the same pixels.
+        centre: (1, K).
+        student_temp: temperature of the student's soft-max.
+        teacher_temp: temperature of the teacher's soft-max.
+        valid: (B,) bool, the images that count.
+    """
+    target = ((teacher.detach().float() - centre[:, :, None, None]) / teacher_temp).softmax(dim=1)
+    log_probability = (student.float() / student_temp).log_softmax(dim=1)
+    per_image = -(target * log_probability).sum(dim=1).mean(dim=(1, 2))
+    return torch.where(valid, per_image, 0).sum() / valid.sum().clamp(min=1)
+
+
+def slot_contrast(queries: Tensor, keys: Tensor, positives: Tensor, temperature: float) -> Tensor:
+    """InfoNCE between slots, times twice the temperature, of one direction (SlotCon, equation 6).
+
+    Args:
+        queries: (N, D) with gradient, not normalised; a row of zeros is padding and does not count.
+        keys: (M, D), not normalised; a row of zeros is padding and is nobody's negative.
+        positives: (N,) int64, each query's own key.
+        temperature: tau.
+
+    Returns:
+        Mean over the queries that count; 0 if there is none.
+    """
+    counts = queries.ne(0).any(dim=1)
+    there = keys.ne(0).any(dim=1)
+    query = F.normalize(queries.float(), dim=1, eps=1e-12)
+    key = F.normalize(keys.detach().float(), dim=1, eps=1e-12)
+    logits = (query @ key.T / temperature).masked_fill(~there, -torch.inf)
+    targets = positives.masked_fill(~counts, -100)
+    total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return 2 * temperature * total / counts.sum().clamp(min=1)

@@ -1,0 +1,131 @@
+"""SlotCon (arXiv 2205.15288): semantic grouping and slot contrast, learned together."""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from models.alignment import align, overlap
+from models.backbones import build_encoder
+from models.grouping import Grouped, Grouping, occupied
+from models.heads import MLP
+from models.losses import distillation, slot_contrast
+from models.teacher import copy_and_freeze, ema_update
+from utils.arguments import at_least, between
+from utils.batch import Batch
+from utils.distributed import all_gather, all_reduce_mean, rank
+
+
+class SlotCon(nn.Module):
+    """Student (`_q`) and teacher (`_k`), each of encoder, projector and prototypes; a slot predictor on the student.
+
+    Attribute names are those of the published checkpoints.
+    """
+
+    center: Tensor
+
+    @staticmethod
+    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+        """SlotCon's own flags, the published recipe as defaults."""
+        count, share, temperature = at_least(1), between(0, 1), at_least(1e-3, float)
+        add = parser.add_argument
+        add("--dim-hidden", type=count, default=4096, help="width of the MLP heads' hidden layers")
+        add("--dim-out", type=count, default=256, help="width D of projections and prototypes")
+        add("--num-prototypes", type=count, default=256, help="number K of prototypes; 2048 on ImageNet")
+        add("--teacher-momentum", type=share, default=0.99, help="EMA at the start; a half cosine takes it to 1")
+        add("--teacher-temp", type=temperature, default=0.07, help="temperature of teacher and attention")
+        add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
+        add("--center-momentum", type=share, default=0.9, help="momentum of the centre of the teacher's scores")
+        add("--group-loss-weight", type=share, default=0.5, help="lambda; the slot contrast weighs 1 - lambda")
+        add("--contrast-temp", type=temperature, default=0.2, help="temperature tau of the slot contrast")
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__()
+        self.teacher_temp, self.student_temp = args.teacher_temp, args.student_temp
+        self.center_momentum, self.contrast_temp = args.center_momentum, args.contrast_temp
+        self.group_loss_weight = args.group_loss_weight
+
+        self.encoder_q, self.encoder_k = (build_encoder(args.arch, args.output_stride) for _ in range(2))
+        width = self.encoder_q.out_channels
+        self.projector_q, self.projector_k = (
+            MLP(width, args.dim_hidden, args.dim_out, maps=True) for _ in range(2)
+        )
+        self.grouping_q, self.grouping_k = (
+            Grouping(args.num_prototypes, args.dim_out, args.teacher_temp) for _ in range(2)
+        )
+        self.predictor_slot = MLP(args.dim_out, args.dim_hidden, args.dim_out, maps=False)
+        self.register_buffer("center", torch.zeros(1, args.num_prototypes))
+        if self.group_loss_weight == 1:
+            self.predictor_slot.requires_grad_(False)  # it stays for the checkpoint's keys, and does not run
+        for student, teacher in self._pairs():
+            copy_and_freeze(student, teacher)
+
+    def _pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [
+            (self.encoder_q, self.encoder_k),
+            (self.projector_q, self.projector_k),
+            (self.grouping_q, self.grouping_k),
+        ]
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student; called once per optimiser step, before the forward."""
+        for student, teacher in self._pairs():
+            ema_update(student, teacher, momentum)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Two views of B images -> `loss` with gradient, and detached parts to log."""
+        student = [self.grouping_q(self.projector_q(self.encoder_q(view))) for view in batch.views]
+        with torch.no_grad():
+            teacher = [self.grouping_k(self.projector_k(self.encoder_k(view))) for view in batch.views]
+
+        out = {}
+        if self.group_loss_weight > 0:
+            out["loss_group"] = self._group(batch, student, teacher, 0, 1) + self._group(batch, student, teacher, 1, 0)
+        if self.group_loss_weight < 1:
+            out["loss_contrast"] = self._contrast(student[0], teacher[1]) + self._contrast(student[1], teacher[0])
+        weights = {"loss_group": self.group_loss_weight, "loss_contrast": 1 - self.group_loss_weight}
+        loss = sum(weights[name] * part for name, part in out.items())
+        self._update_centre(teacher)
+        return {"loss": loss, **{name: part.detach() for name, part in out.items()}, **_usage(teacher)}
+
+    def _group(self, batch: Batch, student: list[Grouped], teacher: list[Grouped], a: int, b: int) -> Tensor:
+        """Distil the teacher's grouping of view b into the student's of view a, on the pixels that both show."""
+        boxes_a, meets = overlap(batch, a, b)
+        boxes_b, _ = overlap(batch, b, a)
+        aligned_student = align(student[a].scores, boxes_a, batch.flips[:, a])
+        aligned_teacher = align(teacher[b].scores, boxes_b, batch.flips[:, b])
+        return distillation(
+            aligned_student, aligned_teacher, self.center, self.student_temp, self.teacher_temp, valid=meets
+        )
+
+    def _contrast(self, student: Grouped, teacher: Grouped) -> Tensor:
+        """Slot contrast of the student's slots in one view against the teacher's in the other.
+
+        An image occupies at most `min(K, H W)` slots, so that many rows an image hold all keys, and the queries
+        beside their positives; a fixed number of rows spares a look at the device to count them.
+        """
+        is_key = occupied(teacher.scores)
+        is_query = is_key & occupied(student.scores)
+        rows = min(is_key.shape[1], teacher.scores[0, 0].numel())
+        chosen = is_key.float().topk(rows, dim=1).indices
+
+        def pick(slots: Tensor, real: Tensor) -> Tensor:
+            """Slots (B, K, D) -> the chosen rows (B * rows, D), zeros where not real (B, K)."""
+            return torch.where(real[:, :, None], slots, 0).take_along_dim(chosen[:, :, None], dim=1).flatten(0, 1)
+
+        queries = self.predictor_slot(pick(student.slots, is_query))
+        keys = pick(teacher.slots, is_key)
+        positives = torch.arange(len(keys), device=keys.device) + rank() * len(keys)
+        return slot_contrast(queries, all_gather(keys), positives, self.contrast_temp)
+
+    @torch.no_grad()
+    def _update_centre(self, teacher: list[Grouped]) -> None:
+        """Move the centre towards the mean of the teacher's scores over views, images, positions and ranks."""
+        mean = torch.stack([view.scores.mean(dim=(0, 2, 3)) for view in teacher]).mean(dim=0, keepdim=True)
+        self.center.lerp_(all_reduce_mean(mean), 1 - self.center_momentum)
+
+
+def _usage(teacher: list[Grouped]) -> dict[str, Tensor]:
+    """Which share of the prototypes this GPU's batch uses, and how many slots an image has."""
+    slots = torch.cat([occupied(view.scores) for view in teacher])
+    return {"prototypes_used": slots.any(dim=0).float().mean(), "slots_per_image": slots.float().sum(dim=1).mean()}

@@ -1,0 +1,140 @@
+"""Checkpoints: written whole or not at all, read without running code."""
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UsageError
+
+Weights = dict[str, Tensor]
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to a temporary name beside `path`, then rename, so that `path` is never half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Make `link` the same file as `target` (a hard link; a relative symbolic one where the disk has none)."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(target, temporary)
+    except OSError:
+        temporary.symlink_to(target.name)
+    temporary.replace(link)
+
+
+def load(path: Path | str, flag: str) -> dict[str, Any]:
+    """Any checkpoint as it was saved, on the CPU: tensors, numbers, dicts, and the released files' Namespace.
+
+    Raises:
+        UsageError: naming `flag`, if the file is missing, truncated, or holds code (none of which runs).
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{flag} {path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(f"{flag} {path}: refused, it holds more than tensors and numbers, or is no checkpoint") from None
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{flag} {path}: not a readable checkpoint ({reason}); it may be truncated") from None
+    if not isinstance(state, Mapping):
+        raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint")
+    return dict(state)
+
+
+def load_weights(path: Path | str, flag: str = "--init") -> Weights:
+    """The weights in any checkpoint (ours, released, torchvision), flat, without the `module.` of DDP.
+
+    Raises:
+        UsageError: as `load`, or if there are no tensors in it.
+    """
+    state: Mapping[str, Any] = load(path, flag)
+    for container in ("model", "state_dict"):
+        if isinstance(state.get(container), Mapping):
+            state = state[container]
+    weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise UsageError(f"{flag} {path}: no weights in it")
+    return weights
+
+
+def initialise(method: nn.Module, path: Path | str) -> list[str]:
+    """Start `method` from the weights in `path`: whole parts where the file has them, the encoder at least.
+
+    An encoder alone (backbone-only, torchvision) goes to student and teacher. Prototypes and centre of another
+    number K stay as they were initialised.
+
+    Returns:
+        The names of the parts that were taken over.
+
+    Raises:
+        UsageError: the file has no encoder, or a part of it does not fit.
+    """
+    weights = load_weights(path)
+    parts = {name: _part(weights, f"{name}.") for name, _ in method.named_children()}
+    if not parts["encoder_q"] and not parts["encoder_k"]:
+        parts["encoder_q"] = _bare_encoder(weights)
+    if not parts["encoder_q"] and not parts["encoder_k"]:
+        raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k. and bare ResNet names)")
+    for name in [name for name in parts if name.endswith("_q")]:
+        teacher = f"{name.removesuffix('_q')}_k"
+        parts[name] = parts[name] or parts[teacher]
+        parts[teacher] = parts[teacher] or parts[name]
+    prototypes = {name for name, part in parts.items() if "slot_embed.weight" in part}
+    same_number = all(
+        parts[name]["slot_embed.weight"].shape == method.get_submodule(name).slot_embed.weight.shape
+        for name in prototypes
+    )
+    if not same_number:
+        parts = {name: part for name, part in parts.items() if name not in prototypes}
+    taken = []
+    for name, part in parts.items():
+        if part:
+            load_strict(method.get_submodule(name), part, f"--init {path}: {name}")
+            taken.append(name)
+    if "center" in weights and same_number and prototypes:
+        method.get_buffer("center").copy_(weights["center"])
+        taken.append("center")
+    return taken
+
+
+def _part(weights: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _bare_encoder(weights: Weights) -> Weights:
+    """The encoder of a file that holds no more than that, whatever it is called there."""
+    for prefix in ("encoder.", "backbone.", ""):
+        part = _part(weights, prefix)
+        if "conv1.weight" in part:
+            return {name: value for name, value in part.items() if not name.startswith("fc.")}
+    return {}
+
+
+def load_strict(module: nn.Module, weights: Weights, where: str) -> None:
+    """`module.load_state_dict(weights, strict=True)`, with the first misfit as a one-line error."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            raise UsageError(f"{where}: {name} is missing; is it of the same --arch and --method?")
+        if name not in expected:
+            raise UsageError(f"{where}: {name} has no place in this model; is it of the same --arch and --method?")
+        if weights[name].shape != expected[name].shape:
+            there, here = tuple(weights[name].shape), tuple(expected[name].shape)
+            raise UsageError(f"{where}: {name} is {there} there and {here} here; pass the --arch and sizes it has")
+    module.load_state_dict(weights, strict=True)

@@ -1,0 +1,106 @@
+"""Processes and what they exchange; every function works with one process, with gloo and with NCCL."""
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as _all_reduce_with_gradient
+
+
+def rank() -> int:
+    """This process's number: 0 with one process."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes there are on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and speaks to the user."""
+    return rank() == 0
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes that torchrun launched: NCCL between GPUs, gloo between CPUs."""
+    if world_size() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, without gradient; the argument stays as it is."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks, without gradient."""
+    return all_reduce_sum(tensor) / world_size() if dist.is_initialized() else tensor
+
+
+def all_reduce_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over ranks; the gradient is summed as well."""
+    return _all_reduce_with_gradient(tensor) if dist.is_initialized() else tensor
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """All ranks' tensors (N, ...) one after the other, (ranks * N, ...), without gradient."""
+    if not dist.is_initialized():
+        return tensor.detach()
+    gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+    return gathered
+
+
+def all_gather_object(thing: Any) -> list[Any]:
+    """All ranks' picklable objects, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [thing]
+    things: list[Any] = [None] * world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """Batch norm over all GPUs: torch's SyncBatchNorm on maps, the same for the predictor's rows."""
+    for module in model.modules():
+        if hasattr(module, "synchronised"):
+            module.synchronised = True
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def exit_with(message: str) -> None:
+    """End the process with one line on stderr and status 2.
+
+    torchrun stops all ranks as soon as one has ended; the others therefore wait until rank 0 has spoken.
+    """
+    if not is_main():
+        time.sleep(3)
+        message = f"rank {rank()}: {message}"
+    print(f"main_pretrain.py: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

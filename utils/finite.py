@@ -1,0 +1,63 @@
+"""What a non-finite loss must not touch, and who had one; the host never waits for the answer.
+
+NaN times zero is NaN, so a select by arithmetic works on the bits: as integers, times one keeps a number and times
+zero clears it. That is a handful of launches for all tensors together.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from utils.distributed import all_reduce_sum, rank, world_size
+
+
+def _bits(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.view(torch.int32) for tensor in tensors]
+
+
+@torch.no_grad()
+def zero_unless_(go: Tensor, tensors: list[Tensor]) -> None:
+    """Set float32 tensors to zero where the scalar tensor `go` is 0; leave them where it is 1."""
+    torch._foreach_mul_(_bits(tensors), go.to(torch.int32))
+
+
+@torch.no_grad()
+def restore_unless_(go: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
+    """Set float32 tensors back to `before` where the scalar tensor `go` is 0; leave them where it is 1."""
+    new, old = _bits(tensors), _bits(before)
+    torch._foreach_sub_(new, old)
+    torch._foreach_mul_(new, go.to(torch.int32))
+    torch._foreach_add_(new, old)
+
+
+class FiniteGuard:
+    """Watches the losses of one optimiser step and undoes its statistics if one was not finite.
+
+    The optimiser leaves the step out by itself when it finds `found_inf` set to `1 - go`.
+    """
+
+    def __init__(self, method: nn.Module, device: torch.device):
+        self._buffers = [buffer for buffer in method.buffers() if buffer.is_floating_point()]
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._bad = torch.zeros(world_size(), device=device)
+        self.streak = torch.zeros((), device=device)
+        """How many steps in a row, up to the last, were not finite."""
+
+    def open_step(self) -> None:
+        """Remember the buffers (batch-norm statistics, centre) before the first forward of a step."""
+        torch._foreach_copy_(self._before, self._buffers)
+        self._bad.zero_()
+
+    @torch.no_grad()
+    def watch(self, loss: Tensor) -> Tensor:
+        """The loss itself if it is finite, else NaN for every gradient, on every rank once they are averaged."""
+        finite = loss.detach().isfinite()
+        self._bad[rank()] += (~finite).float()
+        return torch.where(finite, 1.0, torch.nan)
+
+    def close_step(self) -> tuple[Tensor, Tensor]:
+        """After the last backward: `go` (1, or 0 if any rank had a bad loss) and which ranks had one (ranks,)."""
+        bad = all_reduce_sum(self._bad).clamp(max=1)
+        go = 1 - bad.amax()
+        restore_unless_(go, self._buffers, self._before)
+        self.streak.add_(1).mul_(1 - go)
+        return go, bad

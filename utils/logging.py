@@ -1,0 +1,120 @@
+"""What a run tells: progress bar, log.txt, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Metrics = dict[str, float]
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class RunLog:
+    """Writes the run folder's records and shows the progress; on ranks other than 0 it does nothing.
+
+    On a terminal the progress is a bar, elsewhere a line a report. TensorBoard's axis is the epoch times 1000, so
+    that runs of different batch sizes lie over each other.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, start_step: int, steps_per_epoch: int, active: bool):
+        self.active, self.steps_per_epoch, self.total_steps = active, steps_per_epoch, total_steps
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_after(folder / "metrics.jsonl", start_step)
+        self._text = (folder / "log.txt").open("a", buffering=1)
+        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), bar_format=_BAR, dynamic_ncols=True
+        )
+        self._started, self._start_step = time.monotonic(), start_step
+
+    def _axis(self, step: int) -> int:
+        return round(step / self.steps_per_epoch * 1000)
+
+    def say(self, message: str) -> None:
+        """A line for the user and log.txt."""
+        if self.active:
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            tqdm.write(message, file=sys.stderr)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` optimiser steps done."""
+        if self.active:
+            self._bar.update(step - self._bar.n)
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """Record the metrics after `step` optimiser steps and show them."""
+        if not self.active:
+            return
+        epoch = step / self.steps_per_epoch
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(_board_name(name), value, self._axis(step))
+        text = summary(metrics)
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step} epoch {epoch:.2f}: {text}\n")
+        self._bar.set_description_str(f"epoch {math.ceil(epoch)}/{self.total_steps // self.steps_per_epoch}", False)
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / max(1, step - self._start_step) * (self.total_steps - step)
+            print(f"step {step}/{self.total_steps}, {_clock(left)} left: {text}", file=sys.stderr, flush=True)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """An image (3, H, W) uint8 for TensorBoard."""
+        if self.active:
+            self._board.add_image(name, image, self._axis(step))
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._metrics.close()
+            self._text.close()
+
+
+def summary(metrics: Metrics) -> str:
+    """The metrics that a person watches, in one line."""
+    losses = " ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("loss"))
+    return (
+        f"{losses}, lr {metrics['lr']:.3g}, {metrics['images_per_second']:.0f} img/s, "
+        f"data {100 * metrics['data_wait']:.0f} %, {metrics['memory_gib']:.1f} GiB"
+    )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: the device's for a GPU, this process's for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows, where GPUs are still fine
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _board_name(name: str) -> str:
+    group = "loss" if name.startswith("loss") else "slots" if "slot" in name or "prototype" in name else "run"
+    return f"{group}/{name}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget what an interrupted run recorded beyond the checkpoint that it goes on from."""
+    if path.exists():
+        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))

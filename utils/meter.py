@@ -1,0 +1,105 @@
+"""Averages between two reports, kept on the device and read once."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+from utils.batch import Batch
+from utils.errors import UsageError
+
+_STREAK = 10  # non-finite steps in a row that stop a run
+_UNREADABLE = 0.01  # share of the images that may be unreadable
+
+
+class Meter:
+    """Sums a method's outputs, watches the data, and reads the device once a report."""
+
+    def __init__(self, device: torch.device, images: int):
+        self.device, self.images = device, images
+        self.unreadable: list[str] = []
+        """All files known to be unreadable, on any rank."""
+        self._mine: set[str] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counted = torch.zeros((), device=self.device)
+        self._bad: list[Tensor] = []
+        self._steps, self._waited, self._seen = 0, 0.0, 0
+        self._since = time.monotonic()
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; how long it took counts as waiting for data."""
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
+        self._seen += len(batch.index)
+        self._mine.update(batch.unreadable)
+        return batch
+
+    @torch.no_grad()
+    def add(self, outputs: list[dict[str, Tensor]], go: Tensor, bad: Tensor) -> None:
+        """One optimiser step: the outputs of its batches, whether it counted, which ranks' loss was not finite."""
+        for output in outputs:
+            for name, value in output.items():
+                kept = torch.where(go > 0, value.detach().float(), 0) / len(outputs)
+                self._sums[name] = self._sums[name] + kept if name in self._sums else kept
+        self._counted = self._counted + go
+        self._bad.append(bad)
+        self._steps += 1
+
+    def read(self, step: int, streak: Tensor) -> tuple[dict[str, float], list[str]]:
+        """Averages over ranks since the last call, and what a user has to know.
+
+        Args:
+            step: optimiser steps done.
+            streak: non-finite steps in a row until now, a scalar tensor.
+
+        Raises:
+            UsageError: too many non-finite steps in a row, or too many unreadable images.
+        """
+        names = list(self._sums)
+        host = torch.tensor([self._seen, self._waited, float(len(self._mine))]).to(self.device, non_blocking=True)
+        local = torch.stack([*self._sums.values(), *host])
+        total = distributed.all_reduce_sum(local)
+        values = torch.cat([total, torch.stack([self._counted, streak]), torch.cat(self._bad)]).tolist()
+        elapsed, ranks = time.monotonic() - self._since, distributed.world_size()
+
+        sums, (seen, waited, unreadable, counted, streak_now) = values[: len(names)], values[len(names) :][:5]
+        flags = values[len(names) + 5 :]
+        metrics = {name: value / ranks / counted if counted else float("nan") for name, value in zip(names, sums)}
+        metrics |= {"images_per_second": seen / elapsed, "data_wait": waited / ranks / elapsed}
+        metrics |= {"skipped_steps": self._steps - counted, "unreadable_images": unreadable}
+        notes = self._non_finite(flags, step - self._steps, ranks) + self._new_unreadable(int(unreadable))
+        self._reset()
+        if streak_now >= _STREAK:
+            raise UsageError(
+                f"the loss was not finite in {streak_now:.0f} steps in a row up to step {step}; the weights are those "
+                "before them: go on from the last checkpoint with a lower --base-lr, or with --amp bf16 or off"
+            )
+        return metrics, notes
+
+    def _non_finite(self, flags: list[float], first: int, ranks: int) -> list[str]:
+        notes = []
+        for number in range(self._steps):
+            bad = [str(rank) for rank in range(ranks) if flags[number * ranks + rank]]
+            if bad:
+                notes.append(f"step {first + number}: the loss on rank {', '.join(bad)} was not finite; step left out")
+        return notes
+
+    def _new_unreadable(self, count: int) -> list[str]:
+        if count == len(self.unreadable):
+            return []
+        everyones = {name for names in distributed.all_gather_object(sorted(self._mine)) for name in names}
+        new = sorted(everyones - set(self.unreadable))
+        self.unreadable += new
+        self._mine = everyones if distributed.is_main() else set()
+        if len(self.unreadable) > _UNREADABLE * self.images:
+            raise UsageError(
+                f"{len(self.unreadable)} of {self.images} images cannot be read, more than 1 %: "
+                + ", ".join(self.unreadable)
+            )
+        return [f"cannot be read, another image takes its place: {name}" for name in new]
