@@ -48,7 +48,8 @@ class Sample(NamedTuple):
     flips: Tensor
     turns: Tensor
     colour: Tensor
-    index: int
+    number: int
+    """The image's number in the dataset."""
     unreadable: tuple[str, ...]
 
 
@@ -82,7 +83,7 @@ class SceneDataset:
 
     def _sample(self, image: Image.Image, epoch: int, number: int, unreadable: list[str]) -> Sample:
         drawn = make_views(image, self.recipes, self.seed, epoch, number)
-        return Sample(*drawn, index=number, unreadable=tuple(unreadable))
+        return Sample(*drawn, number=number, unreadable=tuple(unreadable))
 
 
 def build_dataset(args: argparse.Namespace) -> SceneDataset:

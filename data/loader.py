@@ -9,20 +9,23 @@ from torch.utils.data import DataLoader, Sampler
 from data.datasets import Sample, SceneDataset
 from utils import distributed
 from utils.batch import Batch
+from utils.plan import Plan
 
 __all__ = ["Batch", "EpochSampler", "build_loader", "collate"]
 
 
 class EpochSampler(Sampler[list[int]]):
-    """This rank's share of every batch from batch number `start` to the end of the run.
+    """This rank's share of every batch of a run, from any step on.
 
     Each epoch is a permutation of the images drawn from (seed, epoch); images that fill no whole batch wait for
     another epoch. The batches do not depend on the number of ranks, workers or restarts.
     """
 
-    def __init__(self, images: int, batch_size: int, batches_per_epoch: int, start: int, stop: int, seed: int):
-        self.images, self.batch_size, self.batches_per_epoch = images, batch_size, batches_per_epoch
-        self.start, self.stop, self.seed = start, stop, seed
+    def __init__(self, plan: Plan, start: int, seed: int):
+        """From optimiser step `start` to the end of the plan."""
+        self.images, self.batch_size, self.seed = plan.images, plan.batch_size, seed
+        self.batches_per_epoch = plan.steps_per_epoch * plan.accum_steps
+        self.start, self.stop = start * plan.accum_steps, plan.total_steps * plan.accum_steps
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -30,7 +33,7 @@ class EpochSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch_size // distributed.world_size()
         offset = share * distributed.rank()
-        order, order_epoch = np.empty(0), -1
+        order, order_epoch = np.empty(0, dtype=np.int64), -1
         for number in range(self.start, self.stop):
             epoch, batch = divmod(number, self.batches_per_epoch)
             if epoch != order_epoch:
@@ -41,13 +44,13 @@ class EpochSampler(Sampler[list[int]]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples of B images -> a batch on the CPU, views uint8, colour not yet applied."""
-    views, crops, flips, turns, colour, index, unreadable = zip(*samples)
+    views, crops, flips, turns, colour, numbers, unreadable = zip(*samples)
     return Batch(
         views=[torch.stack(view) for view in zip(*views)],
         crops=torch.stack(crops),
         flips=torch.stack(flips),
         turns=torch.stack(turns),
-        index=torch.tensor(index),
+        index=torch.tensor(numbers),
         colour=torch.stack(colour),
         unreadable=tuple(name for names in unreadable for name in names),
     )

@@ -1,18 +1,16 @@
-"""The built-in demo: procedural scenes with a ground-truth mask, so that everything runs without a download.
+"""The built-in demo: procedural scenes with ground-truth masks, so that everything runs without a download.
 
 A scene is one or two grounds and two to six lit, textured objects that overlap and cast shadows. Form and
-pattern tell the class, colour never does. Lengths are in short sides of the image, x to the right and y down, so
-the same scene comes out at every image size; angles are in radians.
+pattern tell the class, colour never does. Lengths are in short sides of the picture, x to the right and y
+down, so that a scene looks alike at every size of the same proportions; angles are in radians.
 """
 
 import json
 import shutil
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +19,7 @@ from PIL import Image
 from utils.errors import UsageError
 
 Array = NDArray[np.float64]
-VERSION = 1  # of the pictures: a demo drawn by another version is drawn anew
+VERSION = 1  # of the pictures; a demo of another version is not used
 SPLITS = ("train", "val")
 TURN = 2 * np.pi
 
@@ -29,7 +27,7 @@ TURN = 2 * np.pi
 @cache
 def _noise_table() -> Array:
     """(512, 512) cloud-like relief that tiles, its values spread evenly over 0..1."""
-    n = 512
+    n = 1024
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(n, 1 / n), np.fft.fftfreq(n, 1 / n)))
     spectrum = np.fft.fft2(np.random.default_rng(0).standard_normal((n, n)))
     relief = np.fft.ifft2(spectrum / np.maximum(frequency, 6) ** 1.6).real
@@ -57,10 +55,11 @@ def step(value: Array, softness: float) -> Array:
 
 
 def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+    """The points turned about the origin, from x towards y."""
     return np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
 
 
-# Grounds: (x, y, u) -> height of the relief in short sides, and the mix 0..1 of two colours. u: 4 draws in 0..1.
+# Grounds: (x, y, u) -> height of the relief in short sides, mix of two colours around 0..1. u: 4 draws 0..1.
 
 
 def grass(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
@@ -96,111 +95,79 @@ def sky(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
     return np.zeros_like(x), np.clip(0.5 * y + step(clouds - 0.65, 0.8), 0, 1)
 
 
-# Forms: (x, y, u) -> signed distance to the outline, negative inside; the form fills the unit circle. u: one draw.
+# Objects, in a unit circle: (x, y, u) -> signed distance to the outline, negative inside, and the mix of two
+# colours 0..1. u: one draw 0..1.
 
 
-def disc(x: Array, y: Array, u: float) -> Array:
-    return np.hypot(x, y) - 1
+def ball(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """A disc with dots, which crowd towards its rim."""
+    bulge = 2.2 + 1.1 * np.minimum(x * x + y * y, 1)
+    row = np.floor(bulge * y)
+    dots = np.hypot((bulge * x + u + row / 2) % 1 - 0.5, bulge * y - row - 0.5)
+    return np.hypot(x, y) - 1, step(0.3 - dots, 0.1)
 
 
-def ring(x: Array, y: Array, u: float) -> Array:
-    width = 0.2 + 0.1 * u
-    return abs(np.hypot(x, y) - 1 + width) - width
+def ring(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """A ring wound with a band."""
+    radius, width = np.hypot(x, y), 0.2 + 0.1 * u
+    return abs(radius - 1 + width) - width, step(np.sin(10 * np.arctan2(y, x) + 5 * radius), 0.5)
 
 
-def star(x: Array, y: Array, u: float) -> Array:
-    """Five points; the angle is folded onto half a point, where the outline is one straight line."""
+def star(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """Five mottled points; the angle is folded onto half a point, where the outline is one straight line."""
     half, inner = np.pi / 5, 0.4 + 0.12 * u
-    angle = abs((np.arctan2(y, x) + half) % (2 * half) - half)
-    radius = np.hypot(x, y)
-    edge_x, edge_y = inner * np.cos(half) - 1, inner * np.sin(half)
-    return (radius * np.sin(angle) * -edge_x + (radius * np.cos(angle) - 1) * edge_y) / np.hypot(
-        edge_x, edge_y
-    )
+    radius, angle = np.hypot(x, y), abs((np.arctan2(y, x) + half) % (2 * half) - half)
+    edge_x, edge_y = 1 - inner * np.cos(half), inner * np.sin(half)
+    side = edge_x * radius * np.sin(angle) + edge_y * (radius * np.cos(angle) - 1)
+    return side / np.hypot(edge_x, edge_y), step(noise(0.5 * x + u, 0.5 * y) - 0.5, 0.5)
 
 
-def flower(x: Array, y: Array, u: float) -> Array:
+def flower(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """Five to seven round petals about a core of the second colour."""
     half = np.pi / (5 + int(3 * u))
-    angle = (np.arctan2(y, x) + half) % (2 * half) - half
-    radius, petal = np.hypot(x, y), 1.15 * np.sin(half) / (1 + np.sin(half))
+    radius, angle = np.hypot(x, y), (np.arctan2(y, x) + half) % (2 * half) - half
+    petal = 1.15 * np.sin(half) / (1 + np.sin(half))
     petals = np.hypot(radius * np.cos(angle) - 1 + petal, radius * np.sin(angle)) - petal
-    return np.minimum(petals, radius - 0.38)
+    return np.minimum(petals, radius - 0.38), step(0.34 - radius, 0.06)
 
 
-def crescent(x: Array, y: Array, u: float) -> Array:
-    return np.maximum(np.hypot(x, y) - 1, 0.78 - np.hypot(x - 0.42 - 0.12 * u, y))
+def crescent(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """A moon with lines along it."""
+    radius = np.hypot(x, y)
+    bite = 0.78 - np.hypot(x - 0.42 - 0.12 * u, y)
+    return np.maximum(radius - 1, bite), step(np.sin(TURN * (5 * radius + u)), 0.5)
 
 
-def cross(x: Array, y: Array, u: float) -> Array:
+def cross(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """Four equal arms in checks."""
+    checks = np.sin(TURN * 2.2 * x) * np.sin(TURN * 2.2 * y)
     x, y = abs(x), abs(y)
-    return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.26 - 0.1 * u)
+    arms = np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.26 - 0.1 * u)
+    return arms, step(checks, 0.25)
 
 
-def fish(x: Array, y: Array, u: float) -> Array:
+def fish(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """Body, tail, stripes and an eye."""
     body = 0.5 * (np.hypot((x - 0.22) / 0.78, y / (0.42 + 0.12 * u)) - 1)
     tail = np.maximum(0.8 * abs(y) + 0.6 * (x + 0.3), -0.95 - x)
-    return np.minimum(body, tail)
-
-
-def triangle(x: Array, y: Array, u: float) -> Array:
-    return np.maximum(0.866 * abs(x) + 0.5 * y, -y) - 0.5
-
-
-# Patterns: (x, y, u) -> mix 0..1 of the object's two colours, on the same unit circle.
-
-
-def dots(x: Array, y: Array, u: float) -> Array:
-    bulge = 1 + 0.5 * np.minimum(x * x + y * y, 1)
-    x, y = 2.2 * bulge * x + u, 2.2 * bulge * y
-    x = x + 0.5 * (np.floor(y) % 2)
-    return step(0.3 - np.hypot(x % 1 - 0.5, y % 1 - 0.5), 0.1)
-
-
-def twist(x: Array, y: Array, u: float) -> Array:
-    return step(np.sin(10 * np.arctan2(y, x) + 5 * np.hypot(x, y)), 0.5)
-
-
-def grain(x: Array, y: Array, u: float) -> Array:
-    return step(noise(0.5 * x + u, 0.5 * y) - 0.55, 0.5)
-
-
-def core(x: Array, y: Array, u: float) -> Array:
-    return step(0.34 - np.hypot(x, y), 0.06)
-
-
-def arcs(x: Array, y: Array, u: float) -> Array:
-    return step(np.sin(TURN * 5 * np.hypot(x, y) + TURN * u), 0.5)
-
-
-def checks(x: Array, y: Array, u: float) -> Array:
-    return step(np.sin(TURN * 2.2 * x) * np.sin(TURN * 2.2 * y), 0.25)
-
-
-def stripes(x: Array, y: Array, u: float) -> Array:
+    stripes = step(np.sin(TURN * 2.4 * x + 2) - 0.1, 0.5) * step(0.5 - x, 0.05)
     eye = step(0.09 - np.hypot(x - 0.66, y + 0.1), 0.04)
-    bands = step(np.sin(TURN * 2.4 * x + 2) - 0.1, 0.5) * step(0.5 - x, 0.05)
-    return np.maximum(eye, bands)
+    return np.minimum(body, tail), np.maximum(stripes, eye)
 
 
-def zigzag(x: Array, y: Array, u: float) -> Array:
-    return step(np.sin(TURN * 3 * (y + 0.5 * abs((2 * x) % 1 - 0.5)) + TURN * u), 0.5)
+def triangle(x: Array, y: Array, u: float) -> tuple[Array, Array]:
+    """A pyramid with zigzag lines."""
+    zigzag = 3 * y + 1.5 * abs((2 * x) % 1 - 0.5)
+    return np.maximum(0.866 * abs(x) + 0.5 * y, -y) - 0.5, step(np.sin(TURN * (zigzag + u)), 0.5)
 
 
 Ground = Callable[[Array, Array, Array], tuple[Array, Array]]
-Form = Callable[[Array, Array, float], Array]
-GROUNDS: dict[str, Ground] = {"grass": grass, "tiles": tiles, "sand": sand, "sky": sky}
-OBJECTS: dict[str, tuple[Form, Form]] = {
-    "ball": (disc, dots),
-    "ring": (ring, twist),
-    "star": (star, grain),
-    "flower": (flower, core),
-    "crescent": (crescent, arcs),
-    "cross": (cross, checks),
-    "fish": (fish, stripes),
-    "triangle": (triangle, zigzag),
-}
-CLASSES: tuple[str, ...] = (*GROUNDS, *OBJECTS)
+Object = Callable[[Array, Array, float], tuple[Array, Array]]
+GROUNDS: tuple[Ground, ...] = (grass, tiles, sand, sky)
+OBJECTS: tuple[Object, ...] = (ball, ring, star, flower, crescent, cross, fish, triangle)
+CLASSES: tuple[str, ...] = tuple(paint.__name__ for paint in (*GROUNDS, *OBJECTS))
 """The names of the mask's values: first the grounds, then the objects."""
+SKY = GROUNDS.index(sky)
 
 
 def halve(values: Array) -> Array:
@@ -223,7 +190,7 @@ def blend(colours: Array, mix: Array) -> Array:
 
 
 def shade(height: Array, unit: float, light: Array) -> Array:
-    """How bright a relief (h, w) looks under `light` (3,), 1 where it is level; `unit` is pixels in a length of 1."""
+    """How bright a relief (h, w) is under `light` (3,), 1 where level; `unit` is pixels in a length of 1."""
     down, right = np.gradient(height * unit)
     toward = light[2] - right * light[0] - down * light[1]
     return np.clip(toward / np.sqrt(1 + right**2 + down**2) / light[2], 0, 1.6)
@@ -232,8 +199,8 @@ def shade(height: Array, unit: float, light: Array) -> Array:
 class Scene:
     """One picture in the making, drawn at twice its size and averaged at the end.
 
-    `pixels` (3, 2H, 2W) around 0..1, `labels` (H, W), `light` (3,) the direction towards the lamp. Every mean
-    brightness is brought to that of the colours drawn, so that it tells nothing of form or pattern.
+    `pixels` (3, 2H, 2W) around 0..1, `labels` (H, W), `light` (3,) the direction towards the lamp. Shading is
+    brought to a mean of 1 on every surface, so that brightness tells nothing of form or relief.
     """
 
     def __init__(self, rng: np.random.Generator, width: int, height: int) -> None:
@@ -251,15 +218,16 @@ class Scene:
     def paint_grounds(self) -> None:
         """One ground seen from above, or two that meet at a horizon, the lower one running towards it."""
         rng = self.rng
-        near, far = rng.permutation(list(GROUNDS))[:2]
+        near, far = rng.permutation(len(GROUNDS))[:2]
         if rng.random() < 0.35:
-            return self._paint_ground(near, slice(None), None)
-        if near == "sky":
+            self._paint_ground(near, slice(None), None)
+            return
+        if near == SKY:
             near, far = far, near
-        elif rng.random() < 0.4:
-            far = "sky"
+        elif rng.random() < 0.3:
+            far = SKY
         level, tilt, offset = rng.uniform([0.3 * self.height, -0.08, 0], [0.6 * self.height, 0.08, 1])
-        hills = 0.08 * (noise(0.06 * self.x + offset, 0 * self.x) - 0.5) * (near != "tiles")
+        hills = 0.08 * (noise(0.06 * self.x + offset, 0 * self.x) - 0.5) * (GROUNDS[near] is not tiles)
         below = step(self.y - level - tilt * (self.x - self.width / 2) - hills, 1 / self.unit)
         self._paint_ground(far, slice(0, np.flatnonzero(below.min(axis=1) < 1)[-1] + 1), None)
         behind, behind_labels = self.pixels.copy(), self.labels.copy()
@@ -267,73 +235,69 @@ class Scene:
         self.pixels = behind + below * (self.pixels - behind)
         self.labels = np.where(halve(below) > 0.5, self.labels, behind_labels)
 
-    def _paint_ground(self, name: str, rows: slice, horizon: float | None) -> None:
+    def _paint_ground(self, label: int, rows: slice, horizon: float | None) -> None:
         rng, x, y = self.rng, self.x[rows], self.y[rows]
         glow = 1 + 0.2 * ((x - self.width / 2) * self.light[0] + (y - self.height / 2) * self.light[1])
-        clear = np.ones_like(x)  # 1 near by, less in the haze
-        turn, u = rng.uniform(0, TURN), rng.random(4)
+        turn, clear = rng.uniform(0, TURN), np.ones_like(x)
         if horizon is not None:
             distance = 0.8 / (np.maximum(y - horizon, -0.05) + 0.25)
             x, y, clear = (x - self.width / 2) * distance, -1.3 * distance, np.minimum(1, 1.5 / distance)
-        elif name != "sky":
+        elif label != SKY:
             x, y = rotate(x, y, turn)
-        height, mix = GROUNDS[name](x, y, u)
+        height, mix = GROUNDS[label](x, y, rng.random(4))
         bright = 1 + clear * (shade(height, self.unit, self.light) - 1)
         colours = two_colours(rng, self.hue + rng.uniform(-0.8, 0.8), rng.uniform(0.05, 0.16), 0.3)
-        paint = blend(colours, 0.5 + clear * (mix - 0.5))
-        self.pixels[:, rows] = glow * bright / bright.mean() * paint
-        self.labels[:] = CLASSES.index(name)
+        self.pixels[:, rows] = glow * bright / bright.mean() * blend(colours, 0.5 + clear * (mix - 0.5))
+        self.labels[:] = label
 
     def paint_objects(self) -> None:
-        """Two to six objects, every other one beside an earlier one; the lower in the picture is the nearer."""
+        """Two to six objects, every other one beside an earlier one; the lower in the picture is nearer."""
         rng = self.rng
         placed: list[tuple[float, float, float]] = []
         for number in range(int(rng.integers(2, 7))):
-            radius = rng.uniform(0.06, 0.225)
+            radius = 0.06 + 0.165 * np.sqrt(rng.random())
             for _ in range(20):
                 x, y = rng.uniform(0.1, [self.width - 0.1, self.height - 0.1])
                 if number % 2:
                     x, y, r = placed[rng.integers(len(placed))]
-                    bearing = rng.uniform(0, TURN)
-                    x, y = x + 0.8 * (radius + r) * np.cos(bearing), y + 0.8 * (radius + r) * np.sin(bearing)
+                    bearing, gap = rng.uniform(0, TURN), 0.8 * (radius + r)
+                    x, y = x + gap * np.cos(bearing), y + gap * np.sin(bearing)
                 inside = 0.05 < x < self.width - 0.05 and 0.05 < y < self.height - 0.05
                 if inside and all(np.hypot(x - a, y - b) > 0.7 * (radius + r) for a, b, r in placed):
                     placed.append((x, y, radius))
                     break
         for x, y, radius in sorted(placed, key=lambda place: place[1]):
-            self._paint_object(x, y, radius)
+            self._paint_object(int(rng.integers(len(OBJECTS))), x, y, radius)
 
-    def _paint_object(self, x: float, y: float, radius: float) -> None:
-        rng = self.rng
-        name = str(rng.choice(list(OBJECTS)))
-        form, pattern = OBJECTS[name]
+    def _around(self, x: float, y: float, radius: float, reach: float) -> tuple[Array, NDArray[np.uint8], Array]:
+        """Views of the pixels and labels within `reach` radii of (x, y), and the pixels' offsets in radii."""
+        starts = [max(0, int((centre - reach * radius) * self.unit / 2)) for centre in (y, x)]
+        stops = [int((centre + reach * radius) * self.unit / 2) + 1 for centre in (y, x)]
+        box = tuple(slice(2 * start, 2 * stop) for start, stop in zip(starts, stops))
+        offset = np.stack([self.x[box] - x, self.y[box] - y]) / radius
+        return self.pixels[:, *box], self.labels[starts[0] : stops[0], starts[1] : stops[1]], offset
+
+    def _paint_object(self, kind: int, x: float, y: float, radius: float) -> None:
+        rng, scale = self.rng, radius * self.unit
         turn, squeeze, u = rng.uniform([0, 0.8, 0], [TURN, 1, 1])
         colours = two_colours(rng, self.hue + rng.uniform(1, TURN - 1), rng.uniform(0.1, 0.28), 0.35)
-        # The box holds the object and its shadow, in whole pixels of the mask.
-        ends = [
-            (max(0, int((c - 1.7 * radius) * self.unit / 2)), int((c + 1.7 * radius) * self.unit / 2) + 1)
-            for c in (y, x)
-        ]
-        box = tuple(slice(2 * first, 2 * last) for first, last in ends)
-        pixels, labels = self.pixels[:, *box], self.labels[tuple(slice(*end) for end in ends)]
 
-        def local(shift: float) -> tuple[Array, Array]:
-            right, down = (self.x[box] - x) / radius, (self.y[box] - y) / radius
-            a, b = rotate(right + shift * self.light[0], down + shift * self.light[1], turn)
-            return a, b / squeeze
+        def drawn(offset: Array) -> tuple[Array, Array]:
+            right, down = rotate(offset[0], offset[1], turn)
+            return OBJECTS[kind](right, down / squeeze, u)
 
-        shadow = step(-form(*local(0.45), u), 0.5) * (labels != CLASSES.index("sky")).repeat(2, 0).repeat(
-            2, 1
-        )
-        pixels *= 1 - 0.5 * shadow
-        a, b = local(0)
-        distance = form(a, b, u)
-        cover = step(-distance, 1 / (radius * self.unit))
-        depth = np.clip(-distance, 0, 1)
-        bright = 0.4 + 0.6 * shade(np.sqrt(depth * (2 - depth)), radius * self.unit, self.light)
+        pixels, labels, offset = self._around(x, y, radius, 1.7)
+        away, _ = drawn(halve(offset) + 0.45 * self.light[:2, None, None])
+        shadow = step(-away, 0.5) * (labels != SKY)
+        pixels *= 1 - 0.5 * shadow.repeat(2, axis=0).repeat(2, axis=1)
+
+        pixels, labels, offset = self._around(x, y, radius, 1.05)
+        distance, mix = drawn(offset)
+        cover, depth = step(-distance, 1 / scale), np.clip(-distance, 0, 1)
+        bright = 0.4 + 0.6 * shade(np.sqrt(depth * (2 - depth)), scale, self.light)
         bright /= np.average(bright, weights=cover + 1e-6)
-        pixels += cover * (bright * blend(colours, pattern(a, b, u)) - pixels)
-        labels[halve(cover) > 0.5] = CLASSES.index(name)
+        pixels += cover * (bright * blend(colours, mix) - pixels)
+        labels[halve(cover) > 0.5] = len(GROUNDS) + kind
 
 
 def render_scene(
@@ -357,38 +321,12 @@ def _write_demo(folder: Path, facts: dict[str, int]) -> None:
     for split in SPLITS:
         for kind in ("images", "masks"):
             (folder / split / kind).mkdir(parents=True)
+        for index in range(facts[split]):
+            _write_scene(folder, facts["seed"], split, index)
     kinds = ["ground"] * len(GROUNDS) + ["object"] * len(OBJECTS)
-    lines = [f"{i}\t{kind}\t{name}\n" for i, (kind, name) in enumerate(zip(kinds, CLASSES))]
+    lines = [f"{label}\t{kind}\t{name}\n" for label, (kind, name) in enumerate(zip(kinds, CLASSES))]
     (folder / "classes.txt").write_text("".join(lines))
-    _noise_table()  # before the threads, or each would make its own
-    with ThreadPoolExecutor() as pool:
-        for split in SPLITS:
-            list(
-                pool.map(lambda index: _write_scene(folder, facts["seed"], split, index), range(facts[split]))
-            )
     (folder / "scenes.json").write_text(json.dumps(facts) + "\n")
-
-
-def make_demo(root: Path, seed: int, train: int = 1000, val: int = 200) -> Path:
-    """Write the demo under `root` unless it is there; the folder with {train,val}/{images,masks} and classes.txt.
-
-    The folder's name holds all that the scenes depend on, and the folder takes that name when it is complete:
-    neither an interrupted run nor a second process at the same time can leave half a demo.
-    """
-    facts = {"version": VERSION, "seed": seed, "train": train, "val": val}
-    folder = root / "v{version}_seed{seed}_{train}_{val}".format(**facts)
-    if _is_complete(folder, facts):
-        return folder
-    part = root / f".{folder.name}.{uuid.uuid4().hex}"
-    try:
-        _write_demo(part, facts)
-        part.rename(folder)
-    except OSError as error:
-        if not _is_complete(folder, facts):  # otherwise another process was first, with the same scenes
-            raise UsageError(f"the demo cannot be written to {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _is_complete(folder: Path, facts: dict[str, int]) -> bool:
@@ -396,3 +334,30 @@ def _is_complete(folder: Path, facts: dict[str, int]) -> bool:
         return bool(json.loads((folder / "scenes.json").read_text()) == facts)
     except (OSError, ValueError):
         return False
+
+
+def make_demo(root: Path, seed: int, train: int = 1000, val: int = 200) -> Path:
+    """Write the demo under `root` unless it is there; the folder of {train,val}/{images,masks}, classes.txt.
+
+    The folder's name holds all that the scenes depend on, and the folder takes that name once it is complete:
+    neither an interrupted run nor a second process at the same time can leave half a demo.
+    """
+    if seed < 0 or train < 1 or val < 0:
+        raise UsageError(f"the demo needs --seed of 0 or more and a training scene, not {seed=} {train=} {val=}")
+    facts = {"version": VERSION, "seed": seed, "train": train, "val": val}
+    folder = Path(root) / f"v{VERSION}_seed{seed}_{train}_{val}"
+    if _is_complete(folder, facts):
+        return folder
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        _write_demo(part, facts)
+        part.rename(folder)
+    except OSError as error:
+        # Another process that came first has written the same scenes.
+        if not _is_complete(folder, facts):
+            raise UsageError(
+                f"cannot write the demo to {folder}: {error.strerror}; free it or name another folder"
+            ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

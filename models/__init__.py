@@ -2,13 +2,12 @@
 
 import argparse
 
-from torch import nn
-
+from utils.method import Method
 from models.slotcon import SlotCon
 
-METHODS: dict[str, type[nn.Module]] = {"slotcon": SlotCon}
+METHODS: dict[str, type[Method]] = {"slotcon": SlotCon}
 
 
-def build_method(args: argparse.Namespace) -> nn.Module:
+def build_method(args: argparse.Namespace) -> Method:
     """The method that `args.method` names, freshly initialised from torch's current random state."""
     return METHODS[args.method](args)

@@ -22,7 +22,7 @@ class MLP(nn.Module):
         def linear(inputs: int, outputs: int) -> nn.Module:
             layer = nn.Conv2d(inputs, outputs, 1) if maps else nn.Linear(inputs, outputs)
             nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.bias, 0)  # type: ignore[arg-type]
             return layer
 
         def norm() -> nn.Module:
@@ -44,11 +44,13 @@ class MLP(nn.Module):
         if self.maps:
             return self.mlp(x)
         real = x.ne(0).any(dim=1)
+        counts = real
         for layer in self.mlp:
-            x = layer(x, real) if isinstance(layer, RowBatchNorm) else layer(x)
-        if self.training:
-            real = real & (self.mlp[1].count(real) > 1)
-        return x * real[:, None]
+            if isinstance(layer, RowBatchNorm):
+                x, counts = layer(x, real)
+            else:
+                x = layer(x)
+        return torch.where(counts[:, None], x, 0)
 
 
 class RowBatchNorm(nn.Module):
@@ -71,23 +73,25 @@ class RowBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def count(self, real: Tensor) -> Tensor:
-        """How many rows make the statistics: a scalar tensor."""
-        return self._over_ranks(real.sum().float())
+    def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (N, dim) and which of them are real (N,), bool.
 
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Rows (N, dim) and which of them are real (N,) -> (N, dim) in the type of `x`, statistics in float32."""
+        Returns:
+            The rows, normalised, in the type of `x` (statistics are float32), and which of them count (N,): the real
+            ones, or none where there are too few for statistics.
+        """
         rows = x.float()
         if self.training:
             keep = real[:, None]
-            count = self.count(real)
+            count = self._over_ranks(real.sum().float())
             mean = self._over_ranks(torch.where(keep, rows, 0).sum(0)) / count.clamp(min=1)
             variance = self._over_ranks(torch.where(keep, rows - mean, 0).square().sum(0)) / count.clamp(min=1)
             self._track(mean.detach(), variance.detach(), count)
+            real = real & (count > 1)
         else:
             mean, variance = self.running_mean, self.running_var
         normalised = (rows - mean) * (variance + self.eps).rsqrt()
-        return (normalised * self.weight + self.bias).to(x.dtype)
+        return (normalised * self.weight + self.bias).to(x.dtype), real
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         return all_reduce_with_gradient(value) if self.synchronised else value

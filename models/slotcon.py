@@ -10,13 +10,14 @@ from models.backbones import build_encoder
 from models.grouping import Grouped, Grouping, occupied
 from models.heads import MLP
 from models.losses import distillation, slot_contrast
+from utils.method import Method
 from models.teacher import copy_and_freeze, ema_update
 from utils.arguments import at_least, between
 from utils.batch import Batch
 from utils.distributed import all_gather, all_reduce_mean, rank
 
 
-class SlotCon(nn.Module):
+class SlotCon(Method):
     """Student (`_q`) and teacher (`_k`), each of encoder, projector and prototypes; a slot predictor on the student.
 
     Attribute names are those of the published checkpoints.
@@ -32,10 +33,20 @@ class SlotCon(nn.Module):
         add("--dim-hidden", type=count, default=4096, help="width of the MLP heads' hidden layers")
         add("--dim-out", type=count, default=256, help="width D of projections and prototypes")
         add("--num-prototypes", type=count, default=256, help="number K of prototypes; 2048 on ImageNet")
-        add("--teacher-momentum", type=share, default=0.99, help="EMA at the start; a half cosine takes it to 1")
+        add(
+            "--teacher-momentum",
+            type=share,
+            default=0.99,
+            help="EMA at the start; a half cosine takes it to 1",
+        )
         add("--teacher-temp", type=temperature, default=0.07, help="temperature of teacher and attention")
         add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
-        add("--center-momentum", type=share, default=0.9, help="momentum of the centre of the teacher's scores")
+        add(
+            "--center-momentum",
+            type=share,
+            default=0.9,
+            help="momentum of the centre of the teacher's scores",
+        )
         add("--group-loss-weight", type=share, default=0.5, help="lambda; the slot contrast weighs 1 - lambda")
         add("--contrast-temp", type=temperature, default=0.2, help="temperature tau of the slot contrast")
 
@@ -45,11 +56,8 @@ class SlotCon(nn.Module):
         self.center_momentum, self.contrast_temp = args.center_momentum, args.contrast_temp
         self.group_loss_weight = args.group_loss_weight
 
-        self.encoder_q, self.encoder_k = (build_encoder(args.arch, args.output_stride) for _ in range(2))
-        width = self.encoder_q.out_channels
-        self.projector_q, self.projector_k = (
-            MLP(width, args.dim_hidden, args.dim_out, maps=True) for _ in range(2)
-        )
+        (self.encoder_q, width), (self.encoder_k, _) = (build_encoder(args.arch, args.output_stride) for _ in range(2))
+        self.projector_q, self.projector_k = (MLP(width, args.dim_hidden, args.dim_out, maps=True) for _ in range(2))
         self.grouping_q, self.grouping_k = (
             Grouping(args.num_prototypes, args.dim_out, args.teacher_temp) for _ in range(2)
         )
@@ -87,6 +95,15 @@ class SlotCon(nn.Module):
         loss = sum(weights[name] * part for name, part in out.items())
         self._update_centre(teacher)
         return {"loss": loss, **{name: part.detach() for name, part in out.items()}, **_usage(teacher)}
+
+    @torch.no_grad()
+    def slot_maps(self, images: Tensor) -> Tensor:
+        """The teacher's scores of normalised images (B, 3, H, W), by running statistics: (B, K, h, w)."""
+        training = self.training
+        self.eval()
+        scores = self.grouping_k(self.projector_k(self.encoder_k(images))).scores
+        self.train(training)
+        return scores
 
     def _group(self, batch: Batch, student: list[Grouped], teacher: list[Grouped], a: int, b: int) -> Tensor:
         """Distil the teacher's grouping of view b into the student's of view a, on the pixels that both show."""
@@ -128,4 +145,7 @@ class SlotCon(nn.Module):
 def _usage(teacher: list[Grouped]) -> dict[str, Tensor]:
     """Which share of the prototypes this GPU's batch uses, and how many slots an image has."""
     slots = torch.cat([occupied(view.scores) for view in teacher])
-    return {"prototypes_used": slots.any(dim=0).float().mean(), "slots_per_image": slots.float().sum(dim=1).mean()}
+    return {
+        "prototypes_used": slots.any(dim=0).float().mean(),
+        "slots_per_image": slots.float().sum(dim=1).mean(),
+    }

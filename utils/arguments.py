@@ -69,7 +69,9 @@ def add_optimisation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=at_least(1), default=800, help="length of the run")
     group.add_argument("--start-epoch", type=at_least(1), default=1, help="first epoch, where nothing is resumed")
     group.add_argument(
-        "--amp", choices=("bf16", "fp16", "off"), help="mixed precision; default bf16 where the GPU has it, CPU off"
+        "--amp",
+        choices=("bf16", "fp16", "off"),
+        help="mixed precision; default bf16 where the GPU has it, CPU off",
     )
     group.add_argument("--fp16", action="store_const", const="fp16", dest="amp", help="the same as --amp fp16")
 

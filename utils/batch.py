@@ -34,8 +34,14 @@ class Batch:
     seed: int = 0
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        facts = {name: change(getattr(self, name)) for name in ("crops", "flips", "turns", "index")}
-        return replace(self, views=[change(view) for view in self.views], **facts)
+        return replace(
+            self,
+            views=[change(view) for view in self.views],
+            crops=change(self.crops),
+            flips=change(self.flips),
+            turns=change(self.turns),
+            index=change(self.index),
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host.

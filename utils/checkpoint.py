@@ -48,7 +48,9 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UsageError(f"{flag} {path}: refused, it holds more than tensors and numbers, or is no checkpoint") from None
+        raise UsageError(
+            f"{flag} {path}: refused, it holds more than tensors and numbers, or is no checkpoint"
+        ) from None
     except Exception as error:  # a damaged archive raises whatever its reader stumbles over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{flag} {path}: not a readable checkpoint ({reason}); it may be truncated") from None
@@ -86,44 +88,40 @@ def initialise(method: nn.Module, path: Path | str) -> list[str]:
         UsageError: the file has no encoder, or a part of it does not fit.
     """
     weights = load_weights(path)
-    parts = {name: _part(weights, f"{name}.") for name, _ in method.named_children()}
-    if not parts["encoder_q"] and not parts["encoder_k"]:
-        parts["encoder_q"] = _bare_encoder(weights)
-    if not parts["encoder_q"] and not parts["encoder_k"]:
-        raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k. and bare ResNet names)")
-    for name in [name for name in parts if name.endswith("_q")]:
-        teacher = f"{name.removesuffix('_q')}_k"
-        parts[name] = parts[name] or parts[teacher]
-        parts[teacher] = parts[teacher] or parts[name]
-    prototypes = {name for name, part in parts.items() if "slot_embed.weight" in part}
-    same_number = all(
-        parts[name]["slot_embed.weight"].shape == method.get_submodule(name).slot_embed.weight.shape
-        for name in prototypes
-    )
-    if not same_number:
-        parts = {name: part for name, part in parts.items() if name not in prototypes}
     taken = []
-    for name, part in parts.items():
-        if part:
-            load_strict(method.get_submodule(name), part, f"--init {path}: {name}")
+    for name, module in method.named_children():
+        part = _find_part(weights, name)
+        if part and not _other_number(part, module):
+            load_strict(module, part, f"--init {path}: {name}")
             taken.append(name)
-    if "center" in weights and same_number and prototypes:
-        method.get_buffer("center").copy_(weights["center"])
-        taken.append("center")
+    if "encoder_q" not in taken:
+        raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k. and bare ResNet names)")
+    buffers = dict(method.named_buffers(recurse=False))
+    for name in buffers.keys() & weights.keys():
+        if buffers[name].shape == weights[name].shape and "grouping_k" in taken:
+            buffers[name].copy_(weights[name])
+            taken.append(name)
     return taken
 
 
-def _part(weights: Weights, prefix: str) -> Weights:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _bare_encoder(weights: Weights) -> Weights:
-    """The encoder of a file that holds no more than that, whatever it is called there."""
-    for prefix in ("encoder.", "backbone.", ""):
-        part = _part(weights, prefix)
-        if "conv1.weight" in part:
-            return {name: value for name, value in part.items() if not name.startswith("fc.")}
+def _find_part(weights: Weights, name: str) -> Weights:
+    """The weights of part `name`: under its name or its twin's (`_q` for `_k` and back), or a file that is one encoder."""
+    twin = name[:-2] + {"_q": "_k", "_k": "_q"}.get(name[-2:], name[-2:])
+    prefixes = [f"{name}.", f"{twin}."]
+    if name.startswith("encoder_"):
+        prefixes += ["encoder.", "backbone.", *([""] if "conv1.weight" in weights else [])]
+    for prefix in prefixes:
+        part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        part = {key: value for key, value in part.items() if not key.startswith("fc.")}
+        if part:
+            return part
     return {}
+
+
+def _other_number(part: Weights, module: nn.Module) -> bool:
+    """Whether `part` holds prototypes, and not as many as `module`."""
+    key = "slot_embed.weight"
+    return key in part and len(part[key]) != len(module.state_dict()[key])
 
 
 def load_strict(module: nn.Module, weights: Weights, where: str) -> None:

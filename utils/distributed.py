@@ -3,12 +3,14 @@
 import os
 import sys
 import time
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as _all_reduce_with_gradient
+from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
@@ -86,15 +88,28 @@ def all_gather_object(thing: Any) -> list[Any]:
     return things
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """Batch norm over all GPUs: torch's SyncBatchNorm on maps, the same for the predictor's rows."""
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Have batch norm go over all GPUs, in place: torch's SyncBatchNorm on maps, the same for the predictor's rows."""
     for module in model.modules():
         if hasattr(module, "synchronised"):
-            module.synchronised = True
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            setattr(module, "synchronised", True)  # noqa: B010 (a module's attributes have no static type)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def exit_with(message: str) -> None:
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with its gradients averaged over ranks."""
+    if not dist.is_initialized():
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep gradients on their ranks: for all batches of a step but the last."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def exit_with(message: str) -> NoReturn:
     """End the process with one line on stderr and status 2.
 
     torchrun stops all ranks as soon as one has ended; the others therefore wait until rank 0 has spoken.

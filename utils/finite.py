@@ -39,8 +39,6 @@ class FiniteGuard:
         self._buffers = [buffer for buffer in method.buffers() if buffer.is_floating_point()]
         self._before = [buffer.clone() for buffer in self._buffers]
         self._bad = torch.zeros(world_size(), device=device)
-        self.streak = torch.zeros((), device=device)
-        """How many steps in a row, up to the last, were not finite."""
 
     def open_step(self) -> None:
         """Remember the buffers (batch-norm statistics, centre) before the first forward of a step."""
@@ -59,5 +57,4 @@ class FiniteGuard:
         bad = all_reduce_sum(self._bad).clamp(max=1)
         go = 1 - bad.amax()
         restore_unless_(go, self._buffers, self._before)
-        self.streak.add_(1).mul_(1 - go)
         return go, bad

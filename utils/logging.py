@@ -33,9 +33,15 @@ class RunLog:
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
         self._bar = tqdm(
-            total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), bar_format=_BAR, dynamic_ncols=True
+            total=total_steps,
+            initial=start_step,
+            disable=not sys.stderr.isatty(),
+            bar_format=_BAR,
+            dynamic_ncols=True,
         )
         self._started, self._start_step = time.monotonic(), start_step
+        self._first: Metrics = {}
+        self._last: Metrics = {}
 
     def _axis(self, step: int) -> int:
         return round(step / self.steps_per_epoch * 1000)
@@ -51,10 +57,14 @@ class RunLog:
         if self.active:
             self._bar.update(step - self._bar.n)
 
-    def report(self, step: int, metrics: Metrics) -> None:
-        """Record the metrics after `step` optimiser steps and show them."""
+    def report(self, step: int, metrics: Metrics, notes: list[str]) -> None:
+        """Record the metrics after `step` optimiser steps and show them, after what a user has to know."""
         if not self.active:
             return
+        for note in notes:
+            self.say(note)
+        self._first = self._first or metrics
+        self._last = metrics
         epoch = step / self.steps_per_epoch
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
@@ -74,7 +84,21 @@ class RunLog:
         if self.active:
             self._board.add_image(name, image, self._axis(step))
 
-    def close(self) -> None:
+    def progress(self) -> str:
+        """From the first report to the last: what was learned."""
+        if not self.active or not self._last:
+            return "nothing was left to do"
+        moved = ", ".join(
+            f"{name} {self._first[name]:.3f} -> {self._last[name]:.3f}"
+            for name in self._last
+            if name.startswith(("loss", "prototypes", "slots"))
+        )
+        return f"{moved}, in {_clock(time.monotonic() - self._started)}"
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Flush and close all files."""
         if self.active:
             self._bar.close()

@@ -21,7 +21,8 @@ class Meter:
         self.device, self.images = device, images
         self.unreadable: list[str] = []
         """All files known to be unreadable, on any rank."""
-        self._mine: set[str] = set()
+        self._new: set[str] = set()
+        self._streak = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -37,7 +38,7 @@ class Meter:
         batch = next(batches)
         self._waited += time.monotonic() - began
         self._seen += len(batch.index)
-        self._mine.update(batch.unreadable)
+        self._new.update(set(batch.unreadable) - set(self.unreadable))
         return batch
 
     @torch.no_grad()
@@ -51,55 +52,49 @@ class Meter:
         self._bad.append(bad)
         self._steps += 1
 
-    def read(self, step: int, streak: Tensor) -> tuple[dict[str, float], list[str]]:
-        """Averages over ranks since the last call, and what a user has to know.
-
-        Args:
-            step: optimiser steps done.
-            streak: non-finite steps in a row until now, a scalar tensor.
+    def read(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """Averages over ranks since the last call, after `step` optimiser steps, and what a user has to know.
 
         Raises:
             UsageError: too many non-finite steps in a row, or too many unreadable images.
         """
         names = list(self._sums)
-        host = torch.tensor([self._seen, self._waited, float(len(self._mine))]).to(self.device, non_blocking=True)
-        local = torch.stack([*self._sums.values(), *host])
+        host = torch.tensor([self._seen, self._waited, len(self._new)], dtype=torch.float32)
+        local = torch.cat([torch.stack(list(self._sums.values())), host.to(self.device, non_blocking=True)])
         total = distributed.all_reduce_sum(local)
-        values = torch.cat([total, torch.stack([self._counted, streak]), torch.cat(self._bad)]).tolist()
+        values = torch.cat([total, self._counted[None], *self._bad]).tolist()
         elapsed, ranks = time.monotonic() - self._since, distributed.world_size()
 
-        sums, (seen, waited, unreadable, counted, streak_now) = values[: len(names)], values[len(names) :][:5]
-        flags = values[len(names) + 5 :]
+        sums, (seen, waited, new, counted) = values[: len(names)], values[len(names) : len(names) + 4]
+        flags = values[len(names) + 4 :]
+        notes = self._non_finite(flags, step - self._steps, ranks) + (self._exchange_unreadable() if new else [])
         metrics = {name: value / ranks / counted if counted else float("nan") for name, value in zip(names, sums)}
         metrics |= {"images_per_second": seen / elapsed, "data_wait": waited / ranks / elapsed}
-        metrics |= {"skipped_steps": self._steps - counted, "unreadable_images": unreadable}
-        notes = self._non_finite(flags, step - self._steps, ranks) + self._new_unreadable(int(unreadable))
+        metrics |= {"skipped_steps": self._steps - counted, "unreadable_images": len(self.unreadable)}
         self._reset()
-        if streak_now >= _STREAK:
-            raise UsageError(
-                f"the loss was not finite in {streak_now:.0f} steps in a row up to step {step}; the weights are those "
-                "before them: go on from the last checkpoint with a lower --base-lr, or with --amp bf16 or off"
-            )
         return metrics, notes
 
     def _non_finite(self, flags: list[float], first: int, ranks: int) -> list[str]:
         notes = []
         for number in range(self._steps):
             bad = [str(rank) for rank in range(ranks) if flags[number * ranks + rank]]
+            self._streak = self._streak + 1 if bad else 0
             if bad:
                 notes.append(f"step {first + number}: the loss on rank {', '.join(bad)} was not finite; step left out")
+            if self._streak == _STREAK:
+                raise UsageError(
+                    f"the loss was not finite in {_STREAK} steps in a row, last on rank {', '.join(bad)} in step "
+                    f"{first + number}; go on from the last checkpoint with a lower --base-lr or another --amp"
+                )
         return notes
 
-    def _new_unreadable(self, count: int) -> list[str]:
-        if count == len(self.unreadable):
-            return []
-        everyones = {name for names in distributed.all_gather_object(sorted(self._mine)) for name in names}
-        new = sorted(everyones - set(self.unreadable))
+    def _exchange_unreadable(self) -> list[str]:
+        new = sorted({name for names in distributed.all_gather_object(sorted(self._new)) for name in names})
         self.unreadable += new
-        self._mine = everyones if distributed.is_main() else set()
+        self._new.clear()
         if len(self.unreadable) > _UNREADABLE * self.images:
             raise UsageError(
-                f"{len(self.unreadable)} of {self.images} images cannot be read, more than 1 %: "
-                + ", ".join(self.unreadable)
+                f"--data-dir: {len(self.unreadable)} of {self.images} images cannot be read, more than 1 %; "
+                f"mend or remove {', '.join(self.unreadable)}"
             )
         return [f"cannot be read, another image takes its place: {name}" for name in new]

@@ -49,7 +49,7 @@ class LARS(Optimizer):
                 self._update(params, group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad.clone() for p in params]
+        grads = [p.grad.clone() for p in params if p.grad is not None]
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]
         if matrices:
             _adapt([params[i] for i in matrices], [grads[i] for i in matrices], group)
@@ -99,3 +99,8 @@ def build_optimizer(args: argparse.Namespace, method: nn.Module) -> Optimizer:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def skip_if(optimizer: Optimizer, found_inf: Tensor) -> None:
+    """Have the next steps leave parameters and state as they are where the scalar tensor `found_inf` is 1."""
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]

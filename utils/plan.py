@@ -48,7 +48,9 @@ def make_plan(args: argparse.Namespace, images: int, world_size: int) -> Plan:
     """
     batch_size, effective = args.batch_size, args.batch_size * args.accum_steps
     if batch_size % world_size:
-        raise UsageError(f"--batch-size {batch_size}: cannot be shared out among {world_size} processes; use a multiple")
+        raise UsageError(
+            f"--batch-size {batch_size}: cannot be shared out among {world_size} processes; use a multiple"
+        )
     if images < effective:
         taken = f"--batch-size {batch_size}" + (f" x --accum-steps {args.accum_steps}" if args.accum_steps > 1 else "")
         raise UsageError(f"{taken}: more than the {images} images of --data-dir {args.data_dir}; use a smaller batch")

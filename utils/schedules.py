@@ -4,7 +4,12 @@ import math
 
 
 def warmup_cosine(
-    step: int, total_steps: int, peak: float, warmup_steps: int, warmup_multiplier: float = 100, final: float = 1e-6
+    step: int,
+    total_steps: int,
+    peak: float,
+    warmup_steps: int,
+    warmup_multiplier: float = 100,
+    final: float = 1e-6,
 ) -> float:
     """Learning rate: linear from `peak / warmup_multiplier` to `peak`, then a half cosine down to `final`."""
     if step <= warmup_steps and warmup_steps > 0:

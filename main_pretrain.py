@@ -1,0 +1,152 @@
+"""Pre-train a method on scenes: arguments -> data -> method -> loop."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data.datasets
+import models.backbones
+from data.loader import Batch, EpochSampler, build_loader
+from data.photometric import apply_colour
+from models import METHODS, build_method
+from utils import arguments, distributed, pictures, resume
+from utils.device import amp_dtype, choose_device, loader_workers
+from utils.errors import UsageError
+from utils.finite import FiniteGuard
+from utils.logging import RunLog, memory_gib
+from utils.meter import Meter
+from utils.optimizers import build_optimizer, skip_if
+from utils.plan import make_plan
+from utils.run import Run
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a run; `--method` decides which flags there are."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default="slotcon")
+    method = first.parse_known_args(argv)[0].method
+
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("--method", choices=tuple(METHODS), default="slotcon", help="what to pre-train")
+    data.datasets.add_arguments(parser.add_argument_group("data"))
+    models.backbones.add_arguments(parser.add_argument_group("encoder"))
+    if method in METHODS:
+        METHODS[method].add_arguments(parser.add_argument_group(f"method {method}"))
+    arguments.add_optimisation(parser.add_argument_group("optimisation"))
+    arguments.add_run(parser.add_argument_group("run"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: mistakes of the user end in one line and exit status 2."""
+    args = parse_args(argv)
+    try:
+        pretrain(args)
+    except UsageError as error:
+        distributed.exit_with(str(error))
+    finally:
+        distributed.stop()
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """One run, from its start or from where it stopped, to its end."""
+    device = choose_device(args)
+    distributed.start(device)
+    dataset = data.datasets.build_dataset(args)
+    plan = make_plan(args, len(dataset), distributed.world_size())
+    torch.manual_seed(args.seed)
+    method = build_method(args).to(device).to(memory_format=torch.channels_last)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        distributed.synchronise_batch_norm(method)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    run = Run(args, plan, device, method, build_optimizer(args, method), scaler)
+    start, notes = resume.begin(run)
+    if args.dry_run:
+        print("\n".join([run.describe(), *notes]) if distributed.is_main() else "", end="\n")
+        return
+
+    folder = Path(args.output_dir)
+    with RunLog(folder, plan.total_steps, start, plan.steps_per_epoch, active=distributed.is_main()) as log:
+        log.say("\n".join([run.describe(), *notes]))
+        if distributed.is_main():
+            resume.write_config(folder, run)
+        train(run, dataset, log, start)
+        log.say(f"done: {log.progress()}\nrun folder: {folder} (weights: current.pth, figure: slots.png)")
+
+
+def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int) -> None:
+    """The loop over optimiser steps from `start`: report every --print-freq, save every --save-freq epochs."""
+    args, plan = run.args, run.plan
+    sampler = EpochSampler(plan, start, args.seed)
+    loader = build_loader(dataset, sampler, loader_workers(args.num_workers), pin_memory=run.device.type == "cuda")
+    batches = iter(loader)
+    model = distributed.parallel(run.method, run.device)
+    guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, plan.images)
+    for step in range(start, plan.total_steps):
+        batch = optimise(run, model, batches, guard, meter, step)
+        log.advance(step + 1)
+        epoch, within = divmod(step + 1, plan.steps_per_epoch)
+        if (step + 1) % args.print_freq == 0 or within == 0:
+            metrics, notes = meter.read(step + 1)
+            times = {
+                "lr": plan.lr(step),
+                "teacher_momentum": plan.momentum(step),
+                "memory_gib": memory_gib(run.device),
+            }
+            log.report(step + 1, metrics | times, notes)
+        if within == 0 and (epoch % args.save_freq == 0 or epoch == args.epochs):
+            if distributed.is_main():
+                draw(run, batch, log, step + 1)
+                resume.save(run, step + 1, epoch)
+            distributed.barrier()
+
+
+def optimise(
+    run: Run, model: torch.nn.Module, batches: Iterator[Batch], guard: FiniteGuard, meter: Meter, step: int
+) -> Batch:
+    """One optimiser step over --accum-steps batches; the host never waits for the device. Returns the last batch."""
+    args, dtype = run.args, amp_dtype(run.args)
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.plan.lr(step)
+    run.method.update_teacher(run.plan.momentum(step))
+    guard.open_step()
+    outputs = []
+    for number in range(args.accum_steps):
+        batch = apply_colour(meter.fetch(batches).to(run.device))
+        batch = replace(batch, step=step, epoch=run.plan.epoch(step), seed=args.seed)
+        last = number == args.accum_steps - 1
+        with nullcontext() if last else distributed.no_sync(model):
+            with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+                output = model(batch)
+            loss = output["loss"] * guard.watch(output["loss"])
+            run.scaler.scale(loss / args.accum_steps).backward()
+        outputs.append(output)
+    go, bad = guard.close_step()
+    meter.add(outputs, go, bad)
+    run.scaler.unscale_(run.optimizer)
+    if args.clip_grad:
+        torch.nn.utils.clip_grad_norm_(run.method.parameters(), args.clip_grad)
+    skip_if(run.optimizer, 1 - go)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return batch
+
+
+def draw(run: Run, batch: Batch, log: RunLog, step: int, count: int = 8) -> None:
+    """The views and slot maps of a few images, into TensorBoard; the slot maps into the run folder as well."""
+    views = [pictures.levels(view[:count].cpu()) for view in batch.views]
+    log.picture(step, "views", pictures.view_grid(views))
+    scores = run.method.slot_maps(batch.views[0][:count])
+    if scores is not None:
+        maps = pictures.slot_grid(views[0], scores.cpu())
+        log.picture(step, "slots", maps)
+        pictures.save(maps, Path(run.args.output_dir) / "slots.png")
+
+
+if __name__ == "__main__":
+    main()

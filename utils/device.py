@@ -1,0 +1,51 @@
+"""Which device, which precision, how many workers."""
+
+import argparse
+import os
+
+import torch
+
+from utils import distributed
+from utils.errors import UsageError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """This process's device; `args.device` and `args.amp` are set to what was chosen.
+
+    Raises:
+        UsageError: a GPU was asked for and is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if args.device == "auto":
+        args.device = "cuda" if gpus else "cpu"
+    if args.device == "cuda" and distributed.local_rank() >= gpus:
+        raise UsageError(f"--device cuda: process {distributed.local_rank()} has no GPU, {gpus} are there; use fewer")
+    if args.amp is None:
+        args.amp = _best_precision(args.device)
+    if args.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", distributed.local_rank())
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def _best_precision(device: str) -> str:
+    if device == "cpu":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """The type that autocast uses; None for float32 throughout."""
+    return _DTYPES[args.amp]
+
+
+def loader_workers(wanted: int) -> int:
+    """No more workers than this process's share of the cores: views do not depend on their number."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, max(1, cores // processes_here))

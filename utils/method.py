@@ -1,0 +1,37 @@
+"""What every method is."""
+
+import argparse
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from utils.batch import Batch
+
+
+class Method(nn.Module, ABC):
+    """A student and a momentum teacher, and the loss between them.
+
+    A method holds no step counter, schedule, logger or world size: what depends on time comes with the batch.
+    """
+
+    encoder_q: nn.Module
+    """The student's encoder: images (B, 3, H, W) -> map (B, C, h, w)."""
+    encoder_k: nn.Module
+    """The teacher's."""
+
+    @staticmethod
+    @abstractmethod
+    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+        """The method's own flags, with the published recipe as defaults."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss`, a scalar with gradient, and detached scalars to log."""
+
+    @abstractmethod
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student; called once per optimiser step, before the forward."""
+
+    def slot_maps(self, images: Tensor) -> Tensor | None:
+        """Scores (B, K, h, w) of normalised images (B, 3, H, W); None for a method without slots."""
+        return None

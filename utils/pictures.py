@@ -1,0 +1,63 @@
+"""Pictures of a run: augmented views, and what the slots make of them."""
+
+import colorsys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def palette(count: int) -> Tensor:
+    """`count` well separated colours, (count, 3) in 0..1: hues by the golden ratio, three lightnesses in turn."""
+    colours = [
+        colorsys.hls_to_rgb(number * 0.618034 % 1, (0.55, 0.42, 0.7)[number % 3], 0.75) for number in range(count)
+    ]
+    return torch.tensor(colours)
+
+
+def levels(view: Tensor) -> Tensor:
+    """A normalised view (N, 3, S, S) as levels 0..1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (view * std + mean).clamp(0, 1)
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write (3, H, W) uint8 as PNG, to a temporary name first."""
+    temporary = path.with_name(f".{path.name}")
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
+    temporary.replace(path)
+
+
+def view_grid(views: list[Tensor]) -> Tensor:
+    """Views side by side, a row each: V tensors (N, 3, S_v, S_v) in 0..1 -> (3, H, W) uint8."""
+    side = views[0].shape[2]
+    rows = torch.cat([F.interpolate(view, side) for view in views])
+    return _to_bytes(make_grid(rows, nrow=len(views[0]), padding=4, pad_value=1))
+
+
+def slot_grid(images: Tensor, scores: Tensor, opacity: float = 0.7) -> Tensor:
+    """Images over their slot maps, a column each.
+
+    Args:
+        images: (N, 3, S, S) in 0..1.
+        scores: (N, K, h, w); each pixel gets the colour of the prototype that wins there.
+        opacity: of the colours over the grey image.
+
+    Returns:
+        (3, H, W) uint8.
+    """
+    fine = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
+    colours = palette(scores.shape[1])[fine.argmax(dim=1)].permute(0, 3, 1, 2)
+    grey = images.mean(dim=1, keepdim=True)
+    maps = opacity * colours + (1 - opacity) * grey
+    return _to_bytes(make_grid(torch.cat([images, maps]), nrow=len(images), padding=4, pad_value=1))
+
+
+def _to_bytes(picture: Tensor) -> Tensor:
+    return (picture * 255).round().clamp(0, 255).to(torch.uint8)
