@@ -95,9 +95,9 @@ def build_dataset(args: argparse.Namespace) -> SceneDataset:
     root = Path(args.data_dir)
     if args.dataset == "demo":
         if distributed.local_rank() == 0:
-            make_demo(root, args.seed)
+            make_demo(root / "demo", args.seed)
         distributed.barrier()
-        root = make_demo(root, args.seed)
+        root = make_demo(root / "demo", args.seed)
     elif not root.is_dir():
         raise UsageError(f"--data-dir {root}: no such folder")
     files = sorted(file for folder in FOLDERS[args.dataset] for file in _images(root, folder, args.dataset))

@@ -16,8 +16,8 @@ from utils.batch import Batch
 
 # Why not a library: an image, two views of 224 px, costs on one CPU core 25 ms by kornia 0.9 (batches of 64; 7.7
 # in pieces of 4), 6.9 by torchvision's v2 transforms, 2.9 by this file. kornia draws one order of the jitters for
-# a whole batch, torchvision one of everything for the images of a call; both blur by a Gaussian in a fixed window
-# with mirrored edges, Pillow by box filters with extended edges.
+# a whole batch, torchvision one of everything for the images of a call; both blur by a Gaussian in a window of
+# fixed size, Pillow by box filters of a fractional one.
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -97,7 +97,7 @@ def photometric(views: Tensor, colour: Tensor) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on `device` that the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Step(NamedTuple):

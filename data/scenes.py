@@ -26,7 +26,7 @@ TURN = 2 * np.pi
 
 @cache
 def _noise_table() -> Array:
-    """(512, 512) cloud-like relief that tiles, its values spread evenly over 0..1."""
+    """(1024, 1024) cloud-like relief that tiles, its values spread evenly over 0..1."""
     n = 1024
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(n, 1 / n), np.fft.fftfreq(n, 1 / n)))
     spectrum = np.fft.fft2(np.random.default_rng(0).standard_normal((n, n)))
@@ -41,7 +41,7 @@ def noise(x: Array, y: Array) -> Array:
     x, y = x * n, y * n
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     x, y = x - column, y - row
-    last = len(table) - 1  # the size is a power of two, so & wraps around
+    last = n - 1  # the size is a power of two, so & wraps around
     left, right, top, bottom = column & last, (column + 1) & last, (row & last) * n, ((row + 1) & last) * n
     flat = table.ravel()
     upper = flat.take(top + left) * (1 - x) + flat.take(top + right) * x
@@ -73,6 +73,7 @@ def grass(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 def tiles(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
+    """Bevelled squares of many tones, with joints between them."""
     size = 0.15 + 0.1 * u[2]
     x, y = x / size + u[0], y / size + u[1]
     column, row = np.floor(x), np.floor(y)
@@ -83,6 +84,7 @@ def tiles(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 def sand(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
+    """Wind ripples of fine grains."""
     warp = noise(0.06 * x + u[0], 0.06 * y + u[1])
     phase = (7 + 4 * u[2]) * y + 1.8 * warp
     ripple = 0.5 + 0.5 * np.sin(TURN * phase + 0.7 * np.sin(TURN * phase))
@@ -91,6 +93,7 @@ def sand(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 def sky(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
+    """Clouds before a gradient; the one ground that no shadow falls on."""
     clouds = noise(0.08 * x + u[0], 0.16 * y + u[1])
     return np.zeros_like(x), np.clip(0.5 * y + step(clouds - 0.65, 0.8), 0, 1)
 
@@ -178,9 +181,9 @@ def halve(values: Array) -> Array:
 
 def two_colours(rng: np.random.Generator, hue: float, chroma: float, contrast: float) -> Array:
     """(2, 3, 1, 1): two colours near `hue`, one of them lighter; which one is left to chance."""
-    light = rng.uniform(0.35, 0.7) + contrast * rng.permutation([-0.5, 0.5])
+    lightness = rng.uniform(0.35, 0.7) + contrast * rng.permutation([-0.5, 0.5])
     hues = hue + rng.uniform(-0.5, 0.5, 2)
-    rgb = light[:, None] + chroma * np.cos(hues[:, None] - TURN * np.arange(3) / 3)
+    rgb = lightness[:, None] + chroma * np.cos(hues[:, None] - TURN * np.arange(3) / 3)
     return rgb[..., None, None]
 
 
@@ -308,7 +311,7 @@ def render_scene(
     scene.paint_grounds()
     scene.paint_objects()
     picture = np.clip(255 * halve(scene.pixels) + 0.5, 0, 255)
-    return picture.astype(np.uint8).transpose(1, 2, 0), scene.labels
+    return np.ascontiguousarray(picture.transpose(1, 2, 0), np.uint8), scene.labels
 
 
 def _write_scene(folder: Path, seed: int, split: str, index: int) -> None:
@@ -355,9 +358,8 @@ def make_demo(root: Path, seed: int, train: int = 1000, val: int = 200) -> Path:
     except OSError as error:
         # Another process that came first has written the same scenes.
         if not _is_complete(folder, facts):
-            raise UsageError(
-                f"cannot write the demo to {folder}: {error.strerror}; free it or name another folder"
-            ) from error
+            cause = error.strerror or error
+            raise UsageError(f"cannot write the demo to {folder}: {cause}; free it or go elsewhere") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

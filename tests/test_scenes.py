@@ -49,6 +49,8 @@ def test_a_larger_picture_shows_the_same_scene() -> None:
         shrunk = large.reshape(120, 4, 160, 4, 3).mean(axis=(1, 3))
         assert np.abs(shrunk - small).mean() < 12
         assert (large_mask[2::4, 2::4] == small_mask).mean() > 0.97
+        areas = [(mask >= len(GROUNDS)).sum() for mask in (small_mask, large_mask)]
+        assert areas[1] / 16 == pytest.approx(areas[0], rel=0.01)  # labels neither grow nor shrink at the edge
 
 
 def test_every_class_appears_and_no_other_label(many: list[tuple[np.ndarray, np.ndarray]]) -> None:

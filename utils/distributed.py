@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -117,5 +118,5 @@ def exit_with(message: str) -> NoReturn:
     if not is_main():
         time.sleep(3)
         message = f"rank {rank()}: {message}"
-    print(f"main_pretrain.py: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

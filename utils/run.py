@@ -44,4 +44,6 @@ class Run:
             "parameters": f"{trained / 1e6:.1f} M trained",
             "checkpoint size": f"{(weights + 4 * moments * trained) / 2**20:.0f} MiB",
         }
+        if "num_prototypes" in args:
+            facts["prototypes"] = f"{args.num_prototypes}"
         return "\n".join(f"{name:<16}  {fact}" for name, fact in facts.items())

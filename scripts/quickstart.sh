@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# From nothing to a small trained SlotCon: .venv, requirements, and a few minutes of training on the built-in scenes.
+#   ./scripts/quickstart.sh [more flags of main_pretrain.py]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+install requirements.txt
+
+OUT="${OUT:-output/quickstart_$(date +%Y%m%d_%H%M%S)}"
+python main_pretrain.py \
+    --dataset demo --data-dir data --image-size 96 --min-scale 0.2 \
+    --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 32 \
+    --batch-size 32 --optimizer lars --base-lr 4 --warmup-epoch 1 --epochs 8 \
+    --save-freq 4 --num-workers 2 --output-dir "$OUT" "$@"
+echo "curves and pictures: .venv/bin/tensorboard --logdir $OUT"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# SlotCon, ResNet-50, ImageNet, 200 epochs: the published recipe (arXiv 2205.15288).
+#   DATA=/data/imagenet OUT=output/slotcon_imagenet_r50_200ep ./scripts/slotcon_imagenet_r50_200ep.sh [more flags]
+# On several machines, on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-machine GPUS=4 ./scripts/slotcon_imagenet_r50_200ep.sh
+set -euo pipefail
+ROOT="$(cd "$(dirname "$0")/.." && pwd)"
+PATH="$ROOT/.venv/bin:$PATH"
+
+torchrun \
+    --nproc_per_node "${GPUS:-8}" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
+    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+    "$ROOT/main_pretrain.py" \
+    --method slotcon \
+    --dataset ImageNet --data-dir "${DATA:-data}" \
+    --image-size 224 --min-scale 0.08 --num-workers 8 \
+    --arch resnet50 --output-stride 32 \
+    --dim-hidden 4096 --dim-out 256 --num-prototypes 2048 \
+    --teacher-momentum 0.99 --teacher-temp 0.07 --student-temp 0.1 --center-momentum 0.9 \
+    --group-loss-weight 0.5 --contrast-temp 0.2 \
+    --batch-size 512 --accum-steps 1 --epochs 200 \
+    --optimizer lars --base-lr 1.0 --weight-decay 1e-5 --momentum 0.9 \
+    --warmup-epoch 5 --warmup-multiplier 100 --clip-grad 0 \
+    --amp bf16 --seed 0 \
+    --output-dir "${OUT:-output/slotcon_imagenet_r50_200ep}" --auto-resume --print-freq 10 --save-freq 10 \
+    "$@"
