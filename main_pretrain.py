@@ -1,10 +1,14 @@
 """Pre-train a method on scenes: arguments -> data -> method -> loop."""
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+# Before torch: CPU threads that wait by spinning lose most of their speed to any other process on their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -57,25 +61,31 @@ def pretrain(args: argparse.Namespace) -> None:
     device = choose_device(args)
     distributed.start(device)
     dataset = data.datasets.build_dataset(args)
-    plan = make_plan(args, len(dataset), distributed.world_size())
-    torch.manual_seed(args.seed)
-    method = build_method(args).to(device).to(memory_format=torch.channels_last)
-    if device.type == "cuda" and distributed.world_size() > 1:
-        distributed.synchronise_batch_norm(method)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    run = Run(args, plan, device, method, build_optimizer(args, method), scaler)
+    run = build_run(args, device, len(dataset))
     start, notes = resume.begin(run)
     if args.dry_run:
-        print("\n".join([run.describe(), *notes]) if distributed.is_main() else "", end="\n")
+        if distributed.is_main():
+            print("\n".join([run.describe(), *notes]))
         return
 
     folder = Path(args.output_dir)
-    with RunLog(folder, plan.total_steps, start, plan.steps_per_epoch, active=distributed.is_main()) as log:
+    with RunLog(folder, run.plan.total_steps, start, run.plan.steps_per_epoch, active=distributed.is_main()) as log:
         log.say("\n".join([run.describe(), *notes]))
         if distributed.is_main():
             resume.write_config(folder, run)
         train(run, dataset, log, start)
         log.say(f"done: {log.progress()}\nrun folder: {folder} (weights: current.pth, figure: slots.png)")
+
+
+def build_run(args: argparse.Namespace, device: torch.device, images: int) -> Run:
+    """A freshly initialised run over so many images; the same on all ranks."""
+    plan = make_plan(args, images, distributed.world_size())
+    torch.manual_seed(args.seed)
+    method = build_method(args).to(device).to(memory_format=torch.channels_last)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        distributed.synchronise_batch_norm(method)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    return Run(args, plan, device, method, build_optimizer(args, method), scaler)
 
 
 def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int) -> None:

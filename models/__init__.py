@@ -2,8 +2,8 @@
 
 import argparse
 
-from utils.method import Method
 from models.slotcon import SlotCon
+from utils.method import Method
 
 METHODS: dict[str, type[Method]] = {"slotcon": SlotCon}
 

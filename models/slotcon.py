@@ -10,11 +10,11 @@ from models.backbones import build_encoder
 from models.grouping import Grouped, Grouping, occupied
 from models.heads import MLP
 from models.losses import distillation, slot_contrast
-from utils.method import Method
 from models.teacher import copy_and_freeze, ema_update
 from utils.arguments import at_least, between
 from utils.batch import Batch
 from utils.distributed import all_gather, all_reduce_mean, rank
+from utils.method import Method
 
 
 class SlotCon(Method):

@@ -1,6 +1,7 @@
 """What a run costs, part by part, on the machine at hand: `python scripts/benchmark.py loader --help`."""
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageFilter
@@ -16,11 +18,20 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import main_pretrain
+from data.datasets import Sample
+from data.loader import collate
 from data.photometric import MEAN, STD, photometric
 from data.scenes import render_scene
 from data.views import ViewRecipe, make_views, slotcon_views
+from utils.batch import Batch
+from utils.device import choose_device
+from utils.finite import FiniteGuard
+from utils.logging import memory_gib
+from utils.meter import Meter
 
 REPEATS = 7
+WARM_UP = 3
 MIN_SCALE = 0.08
 
 
@@ -33,8 +44,51 @@ def main(argv: list[str] | None = None) -> None:
     loader.add_argument("--images", type=int, default=64, help="how many images")
     loader.add_argument("--json", type=Path, help="file to write the numbers to")
     loader.set_defaults(run=benchmark_loader)
+    step = commands.add_parser("step", help="images/s and peak memory of the whole training step, fed from memory")
+    step.add_argument("--steps", type=int, default=20, help="how many steps are timed")
+    step.add_argument("--json", type=Path, help="file to write the numbers to")
+    step.add_argument("flags", nargs=argparse.REMAINDER, help="-- and flags of main_pretrain.py")
+    step.set_defaults(run=benchmark_step)
     args = parser.parse_args(argv)
     args.run(args)
+
+
+def benchmark_step(args: argparse.Namespace) -> None:
+    """Colour, forward, backward, optimiser and teacher of the run that the flags describe."""
+    run_args = main_pretrain.parse_args([flag for flag in args.flags if flag != "--"])
+    device = choose_device(run_args)
+    run = main_pretrain.build_run(run_args, device, images=1000 * run_args.batch_size * run_args.accum_steps)
+    batches = itertools.repeat(scene_batch(run_args))
+    guard, meter = FiniteGuard(run.method, device), Meter(device, run.plan.images)
+    seconds = []
+    for step in range(WARM_UP + args.steps):
+        start = time.perf_counter()
+        main_pretrain.optimise(run, run.method, batches, guard, meter, step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rates = [run.plan.effective_batch / value for value in seconds[WARM_UP:]]
+    numbers: dict[str, Any] = {
+        "images_per_second": {"median": statistics.median(rates), "lowest": min(rates), "highest": max(rates)},
+        "peak_memory_gib": memory_gib(device),
+    }
+    print(run.describe())
+    rate = numbers["images_per_second"]
+    print(
+        f"images/s          {rate['median']:.1f}   ({rate['lowest']:.1f} to {rate['highest']:.1f}, {args.steps} steps)"
+    )
+    print(f"peak memory       {numbers['peak_memory_gib']:.2f} GiB")
+    if args.json:
+        args.json.write_text(json.dumps({**numbers, "args": vars(run_args)}, indent=1))
+
+
+def scene_batch(args: argparse.Namespace) -> Batch:
+    """A batch as the workers send it, of views of a few scenes."""
+    scenes = [Image.fromarray(render_scene(0, "train", number)[0]) for number in range(8)]
+    recipes = slotcon_views(args.image_size, args.min_scale)
+    numbers = range(args.batch_size)
+    samples = [Sample(*make_views(scenes[n % 8], recipes, 0, 0, n), number=n, unreadable=()) for n in numbers]
+    return collate(samples)
 
 
 def benchmark_loader(args: argparse.Namespace) -> None:
@@ -65,7 +119,7 @@ def benchmark_loader(args: argparse.Namespace) -> None:
 def report(rows: dict[str, list[float]], images: int, args: argparse.Namespace) -> None:
     """Print the median and the range of each row, milliseconds an image, and write them to args.json."""
     print(f"{images} images, two views of {args.image_size} px, one core: milliseconds an image")
-    numbers = {
+    numbers: dict[str, Any] = {
         name: {"median": statistics.median(row), "lowest": min(row), "highest": max(row)} for name, row in rows.items()
     }
     for name, row in numbers.items():

@@ -67,7 +67,7 @@ def test_more_processes_than_images_in_a_batch(
 ) -> None:
     from utils.plan import make_plan
 
-    with pytest.raises(UsageError, match="--batch-size 8.* 16 processes"):
+    with pytest.raises(UsageError, match=r"--batch-size 8.* 16 processes"):
         make_plan(main_pretrain.parse_args(tiny()), images=16, world_size=16)
 
 

@@ -170,7 +170,11 @@ def step_with_lonely_queries(args: argparse.Namespace) -> Result:
     out["loss"].backward()
     gradients = [p.grad for p in method.parameters() if p.requires_grad]
     finite = all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
-    return {"contrast": out.get("loss_contrast", torch.tensor(0.0)), "finite": finite, "sum": sum(g.sum() for g in gradients)}
+    return {
+        "contrast": out.get("loss_contrast", torch.tensor(0.0)),
+        "finite": finite,
+        "sum": sum(g.sum() for g in gradients),
+    }
 
 
 def _only(prototype: int, grouping: nn.Module, features: Tensor) -> Any:
@@ -197,8 +201,6 @@ def trained_parameters(args: argparse.Namespace) -> Result:
     return {"without": [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]}
 
 
-def test_a_term_that_is_off_leaves_no_parameter_without_gradient(
-    tiny_args: argparse.Namespace, tmp_path: Path
-) -> None:
+def test_a_term_that_is_off_leaves_no_parameter_without_gradient(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
     for result in on_two_ranks(tmp_path, trained_parameters, tiny_args):
         assert result["without"] == []

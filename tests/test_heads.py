@@ -153,9 +153,7 @@ def test_parameters_carry_the_names_and_shapes_of_published_checkpoints(maps: bo
         "mlp.6.bias": (3,),
     }
     for index in (1, 4):
-        expected |= {
-            f"mlp.{index}.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")
-        }
+        expected |= {f"mlp.{index}.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")}
         expected[f"mlp.{index}.num_batches_tracked"] = ()
     state = MLP(5, 8, 3, maps=maps).state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == expected

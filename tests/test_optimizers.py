@@ -101,9 +101,7 @@ def tensors_of_state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_step_with_found_inf_changes_nothing_and_the_next_good_one_goes_on(
-    steps_before: int, bad: float
-) -> None:
+def test_a_step_with_found_inf_changes_nothing_and_the_next_good_one_goes_on(steps_before: int, bad: float) -> None:
     params, undisturbed = parameters(2), parameters(2)
     optimizer, expected = LARS(params, 1.0, weight_decay=0.1), LARS(undisturbed, 1.0, weight_decay=0.1)
     for step in range(steps_before):

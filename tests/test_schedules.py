@@ -19,9 +19,7 @@ def runs(draw: st.DrawFn) -> tuple[int, int, int]:
     return draw(st.integers(0, total - 1)), total, draw(st.integers(0, total - 1))
 
 
-@given(
-    run=runs(), peak=st.floats(1e-4, 10), multiplier=st.sampled_from([1, 100, 1e4]), final=st.floats(0, 1e-5)
-)
+@given(run=runs(), peak=st.floats(1e-4, 10), multiplier=st.sampled_from([1, 100, 1e4]), final=st.floats(0, 1e-5))
 @few
 def test_learning_rate_is_that_of_the_reference(
     run: tuple[int, int, int], peak: float, multiplier: float, final: float
@@ -35,9 +33,7 @@ def test_learning_rate_is_that_of_the_reference(
 
 @given(run=runs(), start=st.floats(0, 1), end=st.floats(0, 1))
 @few
-def test_teacher_momentum_is_that_of_the_reference(
-    run: tuple[int, int, int], start: float, end: float
-) -> None:
+def test_teacher_momentum_is_that_of_the_reference(run: tuple[int, int, int], start: float, end: float) -> None:
     step, total, _ = run
     expected = reference.cosine_momentum(step, total, start, end)
     assert cosine_momentum(step, total, start, end) == pytest.approx(expected, rel=1e-9, abs=1e-12)

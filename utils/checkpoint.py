@@ -107,7 +107,7 @@ def initialise(method: nn.Module, path: Path | str) -> list[str]:
 
 
 def _find_part(weights: Weights, name: str) -> Weights:
-    """The weights of part `name`: under its name or its twin's (`_q` for `_k` and back), or a file that is one encoder."""
+    """The weights of part `name`: under its name, its twin's (`_q` and `_k`), or in a file that is one encoder."""
     twin = name[:-2] + {"_q": "_k", "_k": "_q"}.get(name[-2:], name[-2:])
     prefixes = [f"{name}.", f"{twin}."]
     if name.startswith("encoder_"):

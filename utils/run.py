@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from utils.method import Method
 from utils import distributed
+from utils.method import Method
 from utils.plan import Plan
 
 

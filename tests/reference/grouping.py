@@ -25,12 +25,14 @@ def cosine_scores(features: Array, prototypes: Array) -> Array:
     """s[b,k,h,w] = cos(prototype_k, z[b,:,h,w]): (B,D,H,W) and (K,D) to (B,K,H,W)."""
     B, _, H, W = features.shape
     K = len(prototypes)
+    directions = [unit(prototype) for prototype in prototypes]
     scores = np.zeros((B, K, H, W))
     for b in range(B):
         for h in range(H):
             for w in range(W):
+                z = unit(features[b, :, h, w])
                 for k in range(K):
-                    scores[b, k, h, w] = np.dot(unit(prototypes[k]), unit(features[b, :, h, w]))
+                    scores[b, k, h, w] = np.dot(directions[k], z)
     return scores
 
 

@@ -3,9 +3,7 @@
 import math
 
 
-def warmup_cosine(
-    t: int, T: int, peak: float, W: int, warmup_multiplier: float = 100.0, final: float = 1e-6
-) -> float:
+def warmup_cosine(t: int, T: int, peak: float, W: int, warmup_multiplier: float = 100.0, final: float = 1e-6) -> float:
     """lr/100 (1 + 99 t/W) up to W, then 1e-6 + (lr - 1e-6)(1 + cos(pi (t-W)/(T-W))) / 2."""
     if t < W:
         return peak / warmup_multiplier * (1 + (warmup_multiplier - 1) * t / W)
