@@ -3,8 +3,8 @@
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,7 +39,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-workers", type=at_least(0), default=8, help="processes that decode images, for each GPU")
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """What a worker sends for one image: V views and where they come from, as in `utils.batch.Batch`."""
 
     views: list[Tensor]
@@ -48,7 +49,7 @@ class Sample(NamedTuple):
     flips: Tensor
     turns: Tensor
     colour: Tensor
-    number: int
+    index: int
     """The image's number in the dataset."""
     unreadable: tuple[str, ...]
 
@@ -76,14 +77,16 @@ class SceneDataset:
             path = self.root / str(self.files[substitute])
             try:
                 with Image.open(path) as image:
-                    return self._sample(image, epoch, substitute, unreadable)
+                    image.load()
             except Exception:  # damaged files make Pillow's decoders raise nearly anything
                 unreadable.append(str(path))
+            else:
+                return self._sample(image, epoch, substitute, unreadable)
         return self._sample(Image.new("RGB", (256, 256)), epoch, number, unreadable)
 
     def _sample(self, image: Image.Image, epoch: int, number: int, unreadable: list[str]) -> Sample:
         drawn = make_views(image, self.recipes, self.seed, epoch, number)
-        return Sample(*drawn, number=number, unreadable=tuple(unreadable))
+        return Sample(*drawn, index=number, unreadable=tuple(unreadable))
 
 
 def build_dataset(args: argparse.Namespace) -> SceneDataset:

@@ -44,15 +44,14 @@ class EpochSampler(Sampler[list[int]]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples of B images -> a batch on the CPU, views uint8, colour not yet applied."""
-    views, crops, flips, turns, colour, numbers, unreadable = zip(*samples)
     return Batch(
-        views=[torch.stack(view) for view in zip(*views)],
-        crops=torch.stack(crops),
-        flips=torch.stack(flips),
-        turns=torch.stack(turns),
-        index=torch.tensor(numbers),
-        colour=torch.stack(colour),
-        unreadable=tuple(name for names in unreadable for name in names),
+        views=[torch.stack(view) for view in zip(*(sample.views for sample in samples))],
+        crops=torch.stack([sample.crops for sample in samples]),
+        flips=torch.stack([sample.flips for sample in samples]),
+        turns=torch.stack([sample.turns for sample in samples]),
+        index=torch.tensor([sample.index for sample in samples]),
+        colour=torch.stack([sample.colour for sample in samples]),
+        unreadable=tuple(name for sample in samples for name in sample.unreadable),
     )
 
 

@@ -87,7 +87,7 @@ def scene_batch(args: argparse.Namespace) -> Batch:
     scenes = [Image.fromarray(render_scene(0, "train", number)[0]) for number in range(8)]
     recipes = slotcon_views(args.image_size, args.min_scale)
     numbers = range(args.batch_size)
-    samples = [Sample(*make_views(scenes[n % 8], recipes, 0, 0, n), number=n, unreadable=()) for n in numbers]
+    samples = [Sample(*make_views(scenes[n % 8], recipes, 0, 0, n), index=n, unreadable=()) for n in numbers]
     return collate(samples)
 
 

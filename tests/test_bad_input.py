@@ -41,6 +41,7 @@ def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--resume", "nowhere.pth"], "--resume nowhere.pth"),
         (["--init", "nowhere.pth"], "--init nowhere.pth"),
         (["--epoch", "3"], "--epoch"),
+        (["--output-dir", __file__], "--output-dir"),
         pytest.param(
             ["--device", "cuda"],
             "--device",

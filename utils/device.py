@@ -28,7 +28,6 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     return device
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.errors import UsageError
+
 Metrics = dict[str, float]
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -27,7 +29,10 @@ class RunLog:
         self.active, self.steps_per_epoch, self.total_steps = active, steps_per_epoch, total_steps
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output-dir {folder}: cannot be made ({error.strerror}); use another") from None
         _drop_after(folder / "metrics.jsonl", start_step)
         self._text = (folder / "log.txt").open("a", buffering=1)
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)

@@ -1,7 +1,7 @@
 """Optimisers that can leave a step out without a look at the device.
 
 All of them follow torch's protocol for that: where the attribute `found_inf`, a scalar tensor on the device, is 1,
-`step` leaves parameters and state as they are.
+`step` leaves parameters and state as they are; by `grad_scale`, where there is one, it divides the gradients first.
 """
 
 import argparse
@@ -50,12 +50,14 @@ class LARS(Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads = [p.grad.clone() for p in params if p.grad is not None]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            torch._foreach_div_(grads, grad_scale)
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]
         if matrices:
             _adapt([params[i] for i in matrices], [grads[i] for i in matrices], group)
         buffers = [self._momentum_buffer(p) for p in params]
         lr, momentum = group["lr"], group["momentum"]
-        found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             go = 1 - found_inf
             zero_unless_(go, grads)

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def check_changes(path: Path, old: dict[str, Any], new: dict[str, Any], allow: b
     Raises:
         UsageError: something changed that changes the result, without `allow`; or what cannot change at all.
     """
-    changed = {name: f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]}
+    shared = [name for name in new if name in old]  # flags come and go between versions
+    changed = {name: f"{name} {old[name]} -> {new[name]}" for name in shared if old[name] != new[name]}
     for name in sorted(_FIXED & changed.keys()):
         raise UsageError(f"--resume {path}: {changed[name]}; start from its weights with --init instead")
     grave = [text for name, text in changed.items() if name not in _HARMLESS]
@@ -136,7 +138,7 @@ def write_config(folder: Path, run: Run) -> None:
         "effective_batch": run.plan.effective_batch,
         "processes": distributed.world_size(),
     }
-    config = {"args": vars(run.args), "plan": plan, "versions": versions(), "git": git_revision()}
+    config = {"command": sys.argv, "args": vars(run.args), "plan": plan, "versions": versions(), "git": git_revision()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

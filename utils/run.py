@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from utils import distributed
+from utils.device import loader_workers
 from utils.method import Method
 from utils.plan import Plan
 
@@ -34,10 +35,13 @@ class Run:
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         moments = 2 if args.optimizer == "adamw" else 1
         weights = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
+        alone = args.device == "cpu" and distributed.world_size() > 1
         facts = {
             "method": f"{args.method}, {args.arch}, output stride {args.output_stride}",
             "images": f"{plan.images} of {args.dataset} in {args.data_dir}",
-            "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}",
+            "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}"
+            + (", batch norm of each process on its own (SyncBatchNorm needs GPUs)" if alone else ""),
+            "workers": f"{loader_workers(args.num_workers)} for each process",
             "effective batch": f"{plan.effective_batch} = {plan.batch_size} over GPUs x {plan.accum_steps} accumulated",
             "learning rate": f"{plan.peak_lr:g} = {args.base_lr:g} x {plan.effective_batch} / 256, {args.optimizer}",
             "steps": f"{plan.total_steps} = {args.epochs} epochs x {plan.steps_per_epoch}",
