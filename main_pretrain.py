@@ -74,7 +74,7 @@ def pretrain(args: argparse.Namespace) -> None:
         if distributed.is_main():
             resume.write_config(folder, run)
         train(run, dataset, log, start)
-        log.say(f"done: {log.progress()}\nrun folder: {folder} (weights: current.pth, figure: slots.png)")
+        log.finish(f"weights           {folder / 'current.pth'}", f"figure            {folder / 'slots.png'}")
 
 
 def build_run(args: argparse.Namespace, device: torch.device, images: int) -> Run:
@@ -110,7 +110,7 @@ def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int
             log.report(step + 1, metrics | times, notes)
         if within == 0 and (epoch % args.save_freq == 0 or epoch == args.epochs):
             if distributed.is_main():
-                draw(run, batch, log, step + 1)
+                draw(run, batch, dataset, log, step + 1)
                 resume.save(run, step + 1, epoch)
             distributed.barrier()
 
@@ -147,13 +147,13 @@ def optimise(
     return batch
 
 
-def draw(run: Run, batch: Batch, log: RunLog, step: int, count: int = 8) -> None:
-    """The views and slot maps of a few images, into TensorBoard; the slot maps into the run folder as well."""
-    views = [pictures.levels(view[:count].cpu()) for view in batch.views]
-    log.picture(step, "views", pictures.view_grid(views))
-    scores = run.method.slot_maps(batch.views[0][:count])
+def draw(run: Run, batch: Batch, dataset: data.datasets.SceneDataset, log: RunLog, step: int, count: int = 8) -> None:
+    """A few views as the networks see them, and the slot maps of a few whole images, at twice the views' size."""
+    log.picture(step, "views", pictures.view_grid([pictures.levels(view[:count].cpu()) for view in batch.views]))
+    images = dataset.plain(count, 2 * run.args.image_size) / 255
+    scores = run.method.slot_maps(pictures.normalise(images).to(run.device))
     if scores is not None:
-        maps = pictures.slot_grid(views[0], scores.cpu())
+        maps = pictures.slot_grid(images, scores.cpu())
         log.picture(step, "slots", maps)
         pictures.save(maps, Path(run.args.output_dir) / "slots.png")
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from data.scenes import make_demo
-from data.views import ViewRecipe, make_views, slotcon_views
+from data.views import ViewRecipe, centre_view, make_views, slotcon_views
 from utils import distributed
 from utils.arguments import at_least, between
 from utils.errors import UsageError
@@ -68,9 +69,22 @@ class SceneDataset:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        """Index -> views. The next readable image takes the place of one that is not; if many in a row are not, a
-        black one does, and the run, which counts them, stops at its next report."""
+        """Index -> the views of its image, or of the next one that can be read."""
         epoch, number = divmod(int(index), len(self))
+        image, number, unreadable = self._read(number)
+        drawn = make_views(image, self.recipes, self.seed, epoch, number)
+        return Sample(*drawn, index=number, unreadable=tuple(unreadable))
+
+    def plain(self, count: int, size: int) -> Tensor:
+        """The centres of the first `count` images as they are: (count, 3, size, size) uint8."""
+        images = (self._read(number)[0] for number in range(min(count, len(self))))
+        return torch.stack([centre_view(image, size) for image in images])
+
+    def _read(self, number: int) -> tuple[Image.Image, int, list[str]]:
+        """Image `number` or the next readable one, which number that is, and the files that could not be read.
+
+        If many in a row cannot, the image is black; the run, which counts them, stops at its next report.
+        """
         unreadable: list[str] = []
         for substitute in range(number, number + _TRIES):
             substitute %= len(self)
@@ -81,12 +95,8 @@ class SceneDataset:
             except Exception:  # damaged files make Pillow's decoders raise nearly anything
                 unreadable.append(str(path))
             else:
-                return self._sample(image, epoch, substitute, unreadable)
-        return self._sample(Image.new("RGB", (256, 256)), epoch, number, unreadable)
-
-    def _sample(self, image: Image.Image, epoch: int, number: int, unreadable: list[str]) -> Sample:
-        drawn = make_views(image, self.recipes, self.seed, epoch, number)
-        return Sample(*drawn, index=number, unreadable=tuple(unreadable))
+                return image, substitute, unreadable
+        return Image.new("RGB", (256, 256)), number, unreadable
 
 
 def build_dataset(args: argparse.Namespace) -> SceneDataset:

@@ -80,6 +80,12 @@ def make_views(image: Image.Image, recipes: Sequence[ViewRecipe], seed: int, epo
     )
 
 
+def centre_view(image: Image.Image, size: int) -> Tensor:
+    """The largest square in the middle of an image, resampled: (3, size, size) uint8."""
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return cut(pixels, central_crop(image.size, (1, 1)), size, flip=False)
+
+
 def draw_crop(
     rng: np.random.Generator, image_size: tuple[int, int], recipe: ViewRecipe, meet: Box | None = None
 ) -> Box:

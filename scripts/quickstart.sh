@@ -9,7 +9,7 @@ install requirements.txt
 OUT="${OUT:-output/quickstart_$(date +%Y%m%d_%H%M%S)}"
 python main_pretrain.py \
     --dataset demo --data-dir data --image-size 96 --min-scale 0.2 \
-    --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 32 \
-    --batch-size 32 --optimizer lars --base-lr 4 --warmup-epoch 1 --epochs 8 \
-    --save-freq 4 --num-workers 2 --output-dir "$OUT" "$@"
-echo "curves and pictures: .venv/bin/tensorboard --logdir $OUT"
+    --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 16 --teacher-temp 0.04 \
+    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 7 \
+    --save-freq 7 --num-workers 2 --output-dir "$OUT" "$@"
+echo "curves, pictures  .venv/bin/tensorboard --logdir $OUT"

@@ -65,7 +65,7 @@ def test_a_run_on_the_demo_learns(tmp_path: Path) -> None:
     finished = pretrain(*where, *SMALL, "--batch-size", 32, "--epochs", 2, "--base-lr", 4, "--save-freq", 1)
     assert_learned(tmp_path / "run")
     assert_complete(tmp_path / "run", epochs=2)
-    assert re.search(r"done: loss \d", finished.stderr)
+    assert re.search(r"^loss +\d\.\d+ -> \d\.\d+$", finished.stderr, re.MULTILINE)
     assert str(tmp_path / "run") in finished.stderr
 
 

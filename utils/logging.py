@@ -15,7 +15,7 @@ from tqdm import tqdm
 from utils.errors import UsageError
 
 Metrics = dict[str, float]
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
 
 
 class RunLog:
@@ -37,13 +37,11 @@ class RunLog:
         self._text = (folder / "log.txt").open("a", buffering=1)
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
+        quiet = not sys.stderr.isatty()
         self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            disable=not sys.stderr.isatty(),
-            bar_format=_BAR,
-            dynamic_ncols=True,
+            total=total_steps, initial=start_step, disable=quiet, bar_format=_BAR, desc="start", dynamic_ncols=True
         )
+        self._status = tqdm(total=0, position=1, disable=quiet, bar_format="{desc}", dynamic_ncols=True, leave=False)
         self._started, self._start_step = time.monotonic(), start_step
         self._first: Metrics = {}
         self._last: Metrics = {}
@@ -78,7 +76,7 @@ class RunLog:
         text = summary(metrics)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step} epoch {epoch:.2f}: {text}\n")
         self._bar.set_description_str(f"epoch {math.ceil(epoch)}/{self.total_steps // self.steps_per_epoch}", False)
-        self._bar.set_postfix_str(text)
+        self._status.set_description_str(text)
         if self._bar.disable:
             elapsed = time.monotonic() - self._started
             left = elapsed / max(1, step - self._start_step) * (self.total_steps - step)
@@ -89,16 +87,21 @@ class RunLog:
         if self.active:
             self._board.add_image(name, image, self._axis(step))
 
-    def progress(self) -> str:
-        """From the first report to the last: what was learned."""
-        if not self.active or not self._last:
-            return "nothing was left to do"
-        moved = ", ".join(
-            f"{name} {self._first[name]:.3f} -> {self._last[name]:.3f}"
-            for name in self._last
-            if name.startswith(("loss", "prototypes", "slots"))
-        )
-        return f"{moved}, in {_clock(time.monotonic() - self._started)}"
+    def finish(self, *where: str) -> None:
+        """Close the bar, and say what was learned from the first report to the last, and where everything lies."""
+        if not self.active:
+            return
+        self._close_bars()
+        learned = [name for name in self._last if name.startswith(("loss", "prototypes", "slots"))]
+        for name in learned:
+            self.say(f"{name:<16}  {self._first[name]:.3f} -> {self._last[name]:.3f}")
+        took = f"{self.total_steps - self._start_step} steps in {_clock(time.monotonic() - self._started)}"
+        for line in (f"done              {took}" if learned else "nothing was left to do", *where):
+            self.say(line)
+
+    def _close_bars(self) -> None:
+        self._status.close()
+        self._bar.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -106,7 +109,7 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         """Flush and close all files."""
         if self.active:
-            self._bar.close()
+            self._close_bars()
             self._board.close()
             self._metrics.close()
             self._text.close()
@@ -114,10 +117,10 @@ class RunLog:
 
 def summary(metrics: Metrics) -> str:
     """The metrics that a person watches, in one line."""
-    losses = " ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("loss"))
+    parts = " ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("loss_"))
     return (
-        f"{losses}, lr {metrics['lr']:.3g}, {metrics['images_per_second']:.0f} img/s, "
-        f"data {100 * metrics['data_wait']:.0f} %, {metrics['memory_gib']:.1f} GiB"
+        f"loss {metrics['loss']:.3f} ({parts}) lr {metrics['lr']:.3g}, {metrics['images_per_second']:.0f} img/s, "
+        f"wait {100 * metrics['data_wait']:.0f}%, {metrics['memory_gib']:.1f} GiB"
     )
 
 

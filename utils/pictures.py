@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 def palette(count: int) -> Tensor:
@@ -21,10 +21,14 @@ def palette(count: int) -> Tensor:
     return torch.tensor(colours)
 
 
+def normalise(images: Tensor) -> Tensor:
+    """Levels (N, 3, H, W) in 0..1 as the networks want them."""
+    return (images - _MEAN) / _STD
+
+
 def levels(view: Tensor) -> Tensor:
-    """A normalised view (N, 3, S, S) as levels 0..1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (view * std + mean).clamp(0, 1)
+    """A normalised view (N, 3, H, W) as levels in 0..1."""
+    return (view * _STD + _MEAN).clamp(0, 1)
 
 
 def save(picture: Tensor, path: Path) -> None:
