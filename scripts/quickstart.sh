@@ -10,6 +10,6 @@ OUT="${OUT:-output/quickstart_$(date +%Y%m%d_%H%M%S)}"
 python main_pretrain.py \
     --dataset demo --data-dir data --image-size 96 --min-scale 0.2 \
     --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 16 --teacher-temp 0.04 \
-    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 7 \
-    --save-freq 7 --num-workers 2 --output-dir "$OUT" "$@"
+    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 5 \
+    --save-freq 5 --num-workers 2 --output-dir "$OUT" "$@"
 echo "curves, pictures  .venv/bin/tensorboard --logdir $OUT"
