@@ -30,7 +30,7 @@ from utils.run import Run
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a run; `--method` decides which flags there are."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = arguments.make_parser(__doc__, add_help=False)
     first.add_argument("--method", default="slotcon")
     method = first.parse_known_args(argv)[0].method
 
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(args)
     except UsageError as error:
         distributed.exit_with(str(error))
-    finally:
-        distributed.stop()
+    distributed.stop()  # not after an error: with NCCL it would wait for ranks that may be waiting for this one
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -63,6 +62,7 @@ def pretrain(args: argparse.Namespace) -> None:
     dataset = data.datasets.build_dataset(args)
     run = build_run(args, device, len(dataset))
     start, notes = resume.begin(run)
+    distributed.agree("--data-dir and --output-dir", (run.plan, start))
     if args.dry_run:
         if distributed.is_main():
             print("\n".join([run.describe(), *notes]))
@@ -100,7 +100,8 @@ def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int
         batch = optimise(run, model, batches, guard, meter, step)
         log.advance(step + 1)
         epoch, within = divmod(step + 1, plan.steps_per_epoch)
-        if (step + 1) % args.print_freq == 0 or within == 0:
+        saving = within == 0 and (epoch % args.save_freq == 0 or epoch == args.epochs)
+        if (step + 1) % args.print_freq == 0 or saving:
             metrics, notes = meter.read(step + 1)
             times = {
                 "lr": plan.lr(step),
@@ -108,10 +109,10 @@ def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int
                 "memory_gib": memory_gib(run.device),
             }
             log.report(step + 1, metrics | times, notes)
-        if within == 0 and (epoch % args.save_freq == 0 or epoch == args.epochs):
-            if distributed.is_main():
-                draw(run, batch, dataset, log, step + 1)
-                resume.save(run, step + 1, epoch)
+        if saving and distributed.is_main():
+            resume.save(run, step + 1, epoch)
+            draw(run, batch, dataset, log, step + 1)
+        if saving:
             distributed.barrier()
 
 
@@ -135,11 +136,14 @@ def optimise(
             loss = output["loss"] * guard.watch(output["loss"])
             run.scaler.scale(loss / args.accum_steps).backward()
         outputs.append(output)
-    go, bad = guard.close_step()
-    meter.add(outputs, go, bad)
     run.scaler.unscale_(run.optimizer)
+    trained = [p for p in run.method.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if args.clip_grad:
-        torch.nn.utils.clip_grad_norm_(run.method.parameters(), args.clip_grad)
+        torch.nn.utils.clip_grads_with_norm_(trained, args.clip_grad, norm)
+    # With float16 an overflow of the scaled gradients is the scaler's daily business.
+    go, bad = guard.close_step(None if run.scaler.is_enabled() else norm)
+    meter.add(outputs, norm, go, bad)
     skip_if(run.optimizer, 1 - go)
     run.scaler.step(run.optimizer)
     run.scaler.update()

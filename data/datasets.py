@@ -63,7 +63,8 @@ class SceneDataset:
 
     def __init__(self, root: Path, files: Sequence[str], recipes: tuple[ViewRecipe, ...], seed: int):
         self.root, self.recipes, self.seed = root, recipes, seed
-        self.files = np.array(files)  # one block of memory, which workers share without copying
+        # One block of bytes: forked workers share it, others receive it quickly.
+        self.files = np.array([os.fsencode(file) for file in files])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -88,7 +89,7 @@ class SceneDataset:
         unreadable: list[str] = []
         for substitute in range(number, number + _TRIES):
             substitute %= len(self)
-            path = self.root / str(self.files[substitute])
+            path = self.root / os.fsdecode(self.files[substitute])
             try:
                 with Image.open(path) as image:
                     image.load()

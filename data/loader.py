@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from data.datasets import Sample, SceneDataset
+from data.datasets import Sample, SceneDataset, build_dataset
 from utils import distributed
 from utils.batch import Batch
 from utils.plan import Plan
 
-__all__ = ["Batch", "EpochSampler", "build_loader", "collate"]
+__all__ = ["Batch", "EpochSampler", "build_dataset", "build_loader", "collate"]
 
 
 class EpochSampler(Sampler[list[int]]):

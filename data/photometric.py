@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.batch import Batch
+from utils.batch import MEAN, STD, Batch
 
 # Why not a library: an image, two views of 224 px, costs on one CPU core 25 ms by kornia 0.9 (batches of 64; 7.7
 # in pieces of 4), 6.9 by torchvision's v2 transforms, 2.9 by this file. kornia draws one order of the jitters for
 # a whole batch, torchvision one of everything for the images of a call; both blur by a Gaussian in a window of
 # fixed size, Pillow by box filters of a fractional one.
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 """Pillow's weights of red, green and blue in a grey level."""
 

@@ -359,7 +359,7 @@ def make_demo(root: Path, seed: int, train: int = 1000, val: int = 200) -> Path:
         # Another process that came first has written the same scenes.
         if not _is_complete(folder, facts):
             cause = error.strerror or error
-            raise UsageError(f"cannot write the demo to {folder}: {cause}; free it or go elsewhere") from error
+            raise UsageError(f"--data-dir: the demo cannot be written to {folder} ({cause}); use another") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -62,7 +62,7 @@ def slotcon_views(image_size: int, min_scale: float) -> tuple[ViewRecipe, ViewRe
 
 def make_views(image: Image.Image, recipes: Sequence[ViewRecipe], seed: int, epoch: int, index: int) -> ViewSet:
     """Draw and cut the views of image number `index`; every crop after the first is drawn to meet the first."""
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = rgb_pixels(image)
     boxes: list[Box] = []
     views, flips, colour = [], [], []
     for number, recipe in enumerate(recipes):
@@ -80,9 +80,16 @@ def make_views(image: Image.Image, recipes: Sequence[ViewRecipe], seed: int, epo
     )
 
 
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """An image of any mode as (H, W, 3) uint8; 16-bit levels keep their upper half, which Pillow would clip."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def centre_view(image: Image.Image, size: int) -> Tensor:
     """The largest square in the middle of an image, resampled: (3, size, size) uint8."""
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = rgb_pixels(image)
     return cut(pixels, central_crop(image.size, (1, 1)), size, flip=False)
 
 

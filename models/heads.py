@@ -44,13 +44,13 @@ class MLP(nn.Module):
         if self.maps:
             return self.mlp(x)
         real = x.ne(0).any(dim=1)
-        counts = real
+        valid = real
         for layer in self.mlp:
             if isinstance(layer, RowBatchNorm):
-                x, counts = layer(x, real)
+                x, valid = layer(x, real)
             else:
                 x = layer(x)
-        return torch.where(counts[:, None], x, 0)
+        return torch.where(valid[:, None], x, 0)
 
 
 class RowBatchNorm(nn.Module):
@@ -77,8 +77,8 @@ class RowBatchNorm(nn.Module):
         """Rows (N, dim) and which of them are real (N,), bool.
 
         Returns:
-            The rows, normalised, in the type of `x` (statistics are float32), and which of them count (N,): the real
-            ones, or none where there are too few for statistics.
+            The rows, normalised, in the type of `x` (statistics are float32), zeros where not valid; and which are
+            valid (N,): the real ones, or none where there are too few for statistics.
         """
         rows = x.float()
         if self.training:
@@ -87,11 +87,12 @@ class RowBatchNorm(nn.Module):
             mean = self._over_ranks(torch.where(keep, rows, 0).sum(0)) / count.clamp(min=1)
             variance = self._over_ranks(torch.where(keep, rows - mean, 0).square().sum(0)) / count.clamp(min=1)
             self._track(mean.detach(), variance.detach(), count)
-            real = real & (count > 1)
+            valid = real & (count > 1)
         else:
-            mean, variance = self.running_mean, self.running_var
+            mean, variance, valid = self.running_mean, self.running_var, real
         normalised = (rows - mean) * (variance + self.eps).rsqrt()
-        return (normalised * self.weight + self.bias).to(x.dtype), real
+        out = normalised * self.weight + self.bias
+        return torch.where(valid[:, None], out, 0).to(x.dtype), valid
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         return all_reduce_with_gradient(value) if self.synchronised else value

@@ -44,7 +44,7 @@ def slot_contrast(queries: Tensor, keys: Tensor, positives: Tensor, temperature:
     query = F.normalize(queries.float(), dim=1, eps=1e-12)
     key = F.normalize(keys.detach().float(), dim=1, eps=1e-12)
     with torch.autocast(queries.device.type, enabled=False):
-        logits = (query @ key.T / temperature).masked_fill(~there, -torch.inf)
+        logits = ((query / temperature) @ key.T).masked_fill(~there, -torch.inf)
     targets = positives.masked_fill(~counts, -100)
     total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return 2 * temperature * total / counts.sum().clamp(min=1)

@@ -58,7 +58,8 @@ def benchmark_step(args: argparse.Namespace) -> None:
     run_args = main_pretrain.parse_args([flag for flag in args.flags if flag != "--"])
     device = choose_device(run_args)
     run = main_pretrain.build_run(run_args, device, images=1000 * run_args.batch_size * run_args.accum_steps)
-    batches = itertools.repeat(scene_batch(run_args))
+    batch = scene_batch(run_args)
+    batches = itertools.repeat(batch.pin_memory() if device.type == "cuda" else batch)
     guard, meter = FiniteGuard(run.method, device), Meter(device, run.plan.images)
     seconds = []
     for step in range(WARM_UP + args.steps):

@@ -16,13 +16,15 @@ Tiny = Callable[..., list[str]]
 
 
 def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, expect exit status 2, return the one line."""
+    """Run, expect exit status 2 and one line on stderr alone; return it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main_pretrain.main(argv)
     assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "step" not in line.split(":")[0]]
-    return lines[-1]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,13 @@ def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--resume", "nowhere.pth"], "--resume nowhere.pth"),
         (["--init", "nowhere.pth"], "--init nowhere.pth"),
         (["--epoch", "3"], "--epoch"),
+        (["--method"], "--method"),
+        (["--resume", "nowhere.pth", "--auto-resume"], "--resume nowhere.pth"),
+        (["--resume", __file__, "--init", __file__], "use one of them"),
+        (["--start-epoch", "3"], "--start-epoch"),
+        (["--base-lr", "inf"], "--base-lr"),
+        (["--base-lr", "nan"], "--base-lr"),
+        (["--batch-size", "1", "--image-size", "32"], "--batch-size"),
         (["--output-dir", __file__], "--output-dir"),
         pytest.param(
             ["--device", "cuda"],
@@ -84,6 +93,46 @@ def test_a_run_is_not_overwritten(finished_run: Path, tiny: Tiny, capsys: pytest
     assert {path: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
 
 
+def test_a_run_before_its_first_checkpoint_is_not_overwritten(
+    finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for checkpoint_file in finished_run.glob("*.pth"):
+        checkpoint_file.unlink()
+    assert "holds a run" in mistake(tiny(), capsys)
+
+
+def test_resuming_from_elsewhere_does_not_overwrite_a_run(
+    finished_run: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished_run / "current.pth").rename(tmp_path / "elsewhere.pth")
+    assert "holds a run" in mistake(tiny("--resume", str(tmp_path / "elsewhere.pth")), capsys)
+
+
+def test_half_a_line_of_metrics_does_not_stop_a_resume(finished_run: Path, tiny: Tiny) -> None:
+    with (finished_run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    before = (finished_run / "metrics.jsonl").read_text().splitlines()
+    main_pretrain.main(tiny("--auto-resume"))
+    assert (finished_run / "metrics.jsonl").read_text().splitlines() == before[:-1]
+
+
+def test_an_optimiser_of_other_parameters_is_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_pretrain.main(tiny("--optimizer", "sgd"))
+    off = ["--optimizer", "sgd", "--auto-resume", "--allow-changes", "--group-loss-weight", "1"]
+    assert "trained other parameters" in mistake(tiny(*off), capsys)
+
+
+def test_a_checkpoint_with_parts_missing_is_no_checkpoint(
+    finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(finished_run / "current.pth", weights_only=True)
+    del state["optimizer"]
+    torch.save(state, finished_run / "current.pth")
+    assert "not a checkpoint of this project" in mistake(tiny("--auto-resume"), capsys)
+
+
 def test_changes_of_the_result_have_to_be_allowed(
     finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +144,7 @@ def test_changes_of_the_result_have_to_be_allowed(
     main_pretrain.main(tiny("--auto-resume", "--epochs", "3", "--base-lr", "2", "--allow-changes"))
     assert (finished_run / "ckpt_epoch_3.pth").exists()
     log = (finished_run / "log.txt").read_text()
+    assert "allow_changes" not in log
     assert "changed: base_lr 1.0 -> 2.0" in log
 
 

@@ -10,6 +10,7 @@ import main_pretrain
 from models.alignment import align
 from models.grouping import Grouping
 from models.losses import distillation, slot_contrast
+from utils.device import choose_device
 from utils.finite import FiniteGuard
 from utils.meter import Meter
 
@@ -40,8 +41,7 @@ def test_losses_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16", "--clip-grad", "1"], ["--optimizer", "adamw"]])
 def test_a_step_on_a_gpu_never_waits_for_it(flags: list[str], tiny: Callable[..., list[str]]) -> None:
     args = main_pretrain.parse_args(tiny("--device", "cuda", *flags))
-    device = torch.device("cuda")
-    args.amp = args.amp or "bf16"
+    device = choose_device(args)
     dataset = main_pretrain.data.datasets.build_dataset(args)
     run = main_pretrain.build_run(args, device, len(dataset))
     sampler = main_pretrain.EpochSampler(run.plan, 0, args.seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 MAIN = str(ROOT / "main_pretrain.py")
@@ -51,7 +52,10 @@ def assert_complete(folder: Path, epochs: int) -> None:
     assert config["plan"]["peak_lr"] == config["args"]["base_lr"] * config["plan"]["effective_batch"] / 256
     assert "torch" in config["versions"]
     assert "step" in (folder / "log.txt").read_text()
-    assert list(folder.glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"views", "slots"} <= set(board.Tags()["images"])
+    assert {"loss/loss_group", "run/lr", "slots/slots_per_image"} <= set(board.Tags()["scalars"])
+    assert board.Scalars("run/lr")[-1].step == 1000 * epochs
     assert Image.open(folder / "slots.png").width > 100
     assert set(weights(folder / f"ckpt_epoch_{epochs}.pth")) == set(weights(folder / "current.pth"))
     assert not list(folder.glob(".*"))

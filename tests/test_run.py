@@ -1,6 +1,7 @@
 """What happens during a run: non-finite losses, unreadable images, accumulation, other people's weights."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,15 @@ import torchvision
 from torch import Tensor
 
 import main_pretrain
+from data.datasets import build_dataset
+from data.loader import collate
 from models import build_method
 from models.slotcon import SlotCon
 from utils.batch import Batch
+from utils.device import choose_device
 from utils.errors import UsageError
 from utils.finite import FiniteGuard, restore_unless_, zero_unless_
+from utils.meter import Meter
 
 Tiny = Callable[..., list[str]]
 
@@ -62,6 +67,22 @@ def test_a_step_with_a_non_finite_loss_changes_nothing_but_the_teacher(
     assert [record["skipped_steps"] for record in records] == ([2, 0] if first_bad == 0 else [0, 2])
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_step_out(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SlotCon.forward
+
+    def broken(self: SlotCon, batch: Batch) -> dict[str, Tensor]:
+        out = forward(self, batch)
+        root = (self.grouping_q.slot_embed.weight.sum() * 0).sqrt()  # 0, with an infinite slope
+        return {**out, "loss": out["loss"] + root if batch.step == 2 else out["loss"]}
+
+    monkeypatch.setattr(SlotCon, "forward", broken)
+    main_pretrain.main(tiny())
+    assert all(value.isfinite().all() for value in state(tmp_path / "run/current.pth").values())
+    assert "step 2: the gradient was not finite; step left out" in (tmp_path / "run/log.txt").read_text()
+
+
 def test_ten_non_finite_losses_in_a_row_stop_the_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +91,7 @@ def test_ten_non_finite_losses_in_a_row_stop_the_run(
         main_pretrain.main(tiny("--epochs", "9", "--save-freq", "1"))
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite in 10 steps in a row" in line
+    assert "not finite, the last of 10 such steps in a row" in line
     assert "step 11" in line
     assert not (tmp_path / "run/ckpt_epoch_6.pth").exists()
     good, last = state(tmp_path / "run/ckpt_epoch_1.pth"), state(tmp_path / "run/current.pth")
@@ -103,7 +124,7 @@ def test_the_guard_makes_every_gradient_of_a_bad_loss_nan() -> None:
     (loss * guard.watch(loss)).backward()
     assert weight.grad is not None
     assert weight.grad.isnan().all()
-    go, bad = guard.close_step()
+    go, bad = guard.close_step(None)
     assert (go, bad.tolist()) == (0, [1.0])
 
 
@@ -143,12 +164,26 @@ def test_more_than_one_per_cent_unreadable_stop_the_run_with_a_list(
     assert not (tmp_path / "run/current.pth").exists()
 
 
-def test_accumulated_batches_make_one_step(tiny: Tiny, tmp_path: Path) -> None:
-    main_pretrain.main(tiny("--accum-steps", "2", "--batch-size", "4"))
-    config = json.loads((tmp_path / "run/config.json").read_text())["plan"]
-    assert config["effective_batch"] == 8
-    assert config["steps_per_epoch"] == 2
-    assert config["peak_lr"] == 8 / 256
+def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) -> None:
+    """SGD without momentum moves by the mean of what each of the batches alone would have moved."""
+    flags = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--warmup-epoch", "0", "--batch-size", "4"]
+    args = main_pretrain.parse_args(tiny(*flags, "--accum-steps", "2"))
+    dataset = build_dataset(args)
+    batches = [collate([dataset[index] for index in range(first, first + 4)]) for first in (0, 4)]
+
+    def moved(args: argparse.Namespace, *fed: Batch) -> Tensor:
+        run = main_pretrain.build_run(args, choose_device(args), len(dataset))
+        assert run.plan.peak_lr == run.plan.effective_batch / 256
+        run.plan = dataclasses.replace(run.plan, peak_lr=1.0)
+        before = run.method.encoder_q[0].weight.clone()  # type: ignore[index]
+        guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, len(dataset))
+        main_pretrain.optimise(run, run.method, iter(fed), guard, meter, 0)
+        return (run.method.encoder_q[0].weight - before).detach()  # type: ignore[index]
+
+    alone = main_pretrain.parse_args(tiny(*flags))
+    mean = (moved(alone, batches[0]) + moved(alone, batches[1])) / 2
+    # The second batch meets a centre that the first has moved, which the grouping loss feels a little.
+    torch.testing.assert_close(moved(args, *batches), mean, rtol=0, atol=0.02 * float(mean.detach().abs().max()))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -184,6 +219,21 @@ def released_checkpoint(args: argparse.Namespace, path: Path) -> dict[str, Tenso
     entry = {f"module.{name}": value for name, value in weights.items()}
     torch.save({"args": args, "model": entry, "optimizer": {}, "scheduler": {}, "epoch": 800, "scaler": {}}, path)
     return weights
+
+
+def test_the_weights_have_the_names_of_the_released_checkpoints(tiny_args: argparse.Namespace) -> None:
+    resnet = [name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")]
+    layers = {f"{layer}.{kind}" for layer in (0, 1, 3, 4, 6) for kind in ("weight", "bias")}
+    layers |= {f"{layer}.{kind}" for layer in (1, 4) for kind in ("running_mean", "running_var", "num_batches_tracked")}
+    expected = {"center", "grouping_q.slot_embed.weight", "grouping_k.slot_embed.weight"}
+    expected |= {f"encoder_{side}.{name}" for side in "qk" for name in resnet}
+    heads = ("projector_q", "projector_k", "predictor_slot")
+    expected |= {f"{head}.mlp.{layer}" for head in heads for layer in layers}
+    weights = build_method(tiny_args).state_dict()
+    assert set(weights) == expected
+    assert weights["center"].shape == (1, 8)
+    assert weights["projector_q.mlp.0.weight"].shape == (32, 512, 1, 1)
+    assert weights["predictor_slot.mlp.6.weight"].shape == (16, 32)
 
 
 def initialised(argv: list[str]) -> dict[str, Tensor]:
@@ -255,7 +305,26 @@ def test_the_help_is_grouped_and_tells_defaults(capsys: pytest.CaptureFixture[st
     for group in ("data:", "encoder:", "method slotcon:", "optimisation:", "run:"):
         assert f"\n{group}" in told
     assert "(default: 256)" in told
+    assert "scenes (default: 0)" in told
     assert "None" not in told
+
+
+def test_the_public_surface_is_there(tiny_args: argparse.Namespace) -> None:
+    from data.loader import Batch, build_dataset
+    from models import build_method
+    from utils.checkpoint import load_weights
+    from utils.optimizers import LARS
+
+    assert callable(load_weights)
+    assert callable(LARS)
+    method = build_method(tiny_args)
+    views = [torch.randn(2, 3, 64, 64) for _ in range(2)]
+    crops, flips = torch.tensor([0.0, 0.0, 9.0, 9.0]).repeat(2, 2, 1), torch.zeros(2, 2, dtype=torch.bool)
+    batch = Batch(views=views, crops=crops, flips=flips, turns=torch.zeros(2, 2).long(), index=torch.arange(2))
+    method(batch)["loss"].backward()
+    method.update_teacher(0.99)
+    sample = build_dataset(tiny_args)[3]
+    assert (sample.index, [view.shape for view in sample.views]) == (3, [(3, 64, 64)] * 2)
 
 
 def test_the_published_recipe_is_the_default() -> None:

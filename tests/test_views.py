@@ -20,6 +20,7 @@ from data.views import (
     draw_crop,
     make_views,
     overlap,
+    rgb_pixels,
     slotcon_views,
     try_crop,
 )
@@ -241,6 +242,12 @@ def test_crops_say_where_the_pixels_come_from() -> None:
 def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     image, recipes = picture(80, 60).convert(mode), slotcon_views(32, 0.08)
     assert equal(make_views(image, recipes, 0, 0, 0), make_views(image.convert("RGB"), recipes, 0, 0, 0))
+
+
+def test_sixteen_bit_levels_keep_their_upper_half() -> None:
+    levels = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    for image in (Image.fromarray(levels), Image.fromarray(levels.astype(np.int32))):
+        assert np.array_equal(rgb_pixels(image), np.repeat((levels // 256).astype(np.uint8)[:, :, None], 3, axis=2))
 
 
 def test_the_exif_orientation_is_ignored(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line of a run: groups of flags, and the one-line way in which mistakes are told."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -17,12 +18,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default is None or action.default is False or action.default == ""
+            else super()._get_help_string(action)
+        )
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, add_help: bool = True) -> argparse.ArgumentParser:
     """A parser whose mistakes are one line on stderr and exit status 2, and whose help tells the defaults."""
-    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False, add_help=add_help)
 
 
 def at_least(minimum: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
@@ -33,7 +38,7 @@ def at_least(minimum: float, kind: Callable[[str], float] = int) -> Callable[[st
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not value >= minimum:
+        if value is None or not minimum <= value < math.inf:
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} of at least {minimum}")
         return value

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's pixels, levels 0..1: views are normalised by them."""
+
 
 @dataclass
 class Batch:
@@ -48,7 +51,8 @@ class Batch:
 
         `colour` stays on the host, where `photometric` reads which images take part in what.
         """
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        to_gpu = torch.device(device).type == "cuda"  # only such copies are ordered before their use
+        return self._with(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +28,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Make `link` the same file as `target` (a hard link; a relative symbolic one where the disk has none)."""
+    """Make `link` the same file as `target`: a hard link, or a copy where the disk has none."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(target, temporary)
     except OSError:
-        temporary.symlink_to(target.name)
+        shutil.copyfile(target, temporary)
     temporary.replace(link)
 
 
@@ -134,6 +135,8 @@ def load_strict(module: nn.Module, weights: Weights, where: str) -> None:
             raise UsageError(f"{where}: {name} is missing; is it of the same --arch and --method?")
         if name not in expected:
             raise UsageError(f"{where}: {name} has no place in this model; is it of the same --arch and --method?")
+        if not isinstance(weights[name], Tensor):
+            raise UsageError(f"{where}: {name} is no tensor; is it a checkpoint?")
         if weights[name].shape != expected[name].shape:
             there, here = tuple(weights[name].shape), tuple(expected[name].shape)
             raise UsageError(f"{where}: {name} is {there} there and {here} here; pass the --arch and sizes it has")

@@ -20,8 +20,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     gpus = torch.cuda.device_count()
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
-    if args.device == "cuda" and distributed.local_rank() >= gpus:
-        raise UsageError(f"--device cuda: process {distributed.local_rank()} has no GPU, {gpus} are there; use fewer")
+    if args.device == "cuda" and distributed.local_world_size() > gpus:
+        raise UsageError(f"--device cuda: {distributed.local_world_size()} processes here and {gpus} GPUs; use fewer")
     if args.amp is None:
         args.amp = _best_precision(args.device)
     if args.device == "cpu":
@@ -45,6 +45,5 @@ def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 def loader_workers(wanted: int) -> int:
     """No more workers than this process's share of the cores: views do not depend on their number."""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, max(1, cores // processes_here))
+    return min(wanted, max(1, cores // distributed.local_world_size()))

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as _all_reduce_with_gradient
 from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UsageError
 
 
 def rank() -> int:
@@ -22,6 +23,11 @@ def rank() -> int:
 def local_rank() -> int:
     """This process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """How many processes there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def world_size() -> int:
@@ -37,7 +43,8 @@ def is_main() -> bool:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun launched: NCCL between GPUs, gloo between CPUs."""
     if world_size() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
 
 
 def stop() -> None:
@@ -56,7 +63,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, without gradient; the argument stays as it is."""
     if not dist.is_initialized():
         return tensor
-    total = tensor.detach().clone()
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 
@@ -68,7 +75,17 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 def all_reduce_with_gradient(tensor: Tensor) -> Tensor:
     """Sum over ranks; the gradient is summed as well."""
-    return _all_reduce_with_gradient(tensor) if dist.is_initialized() else tensor
+    return _AllReduce.apply(tensor) if dist.is_initialized() else tensor
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient)
 
 
 def all_gather(tensor: Tensor) -> Tensor:
@@ -87,6 +104,16 @@ def all_gather_object(thing: Any) -> list[Any]:
     things: list[Any] = [None] * world_size()
     dist.all_gather_object(things, thing)
     return things
+
+
+def agree(flags: str, fact: object) -> None:
+    """Make sure that `fact`, which follows from `flags`, is the same on all ranks.
+
+    Raises:
+        UsageError: on every rank, if it is not.
+    """
+    if len({repr(other) for other in all_gather_object(fact)}) > 1:
+        raise UsageError(f"{flags}: not the same on all machines; give each of them the same files and flags")
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

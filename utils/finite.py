@@ -52,9 +52,16 @@ class FiniteGuard:
         self._bad[rank()] += (~finite).float()
         return torch.where(finite, 1.0, torch.nan)
 
-    def close_step(self) -> tuple[Tensor, Tensor]:
-        """After the last backward: `go` (1, or 0 if any rank had a bad loss) and which ranks had one (ranks,)."""
+    def close_step(self, gradient_norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        """After the last backward, with the norm of the averaged gradients unless somebody else checks them.
+
+        Returns:
+            `go`: 1, or 0 if any rank had a bad loss or the gradients are bad.
+            `bad`: (ranks,) 1 for the ranks that had a bad loss.
+        """
         bad = all_reduce_sum(self._bad).clamp(max=1)
         go = 1 - bad.amax()
+        if gradient_norm is not None:
+            go = go * gradient_norm.isfinite()
         restore_unless_(go, self._buffers, self._before)
         return go, bad

@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +30,12 @@ class RunLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _drop_after(folder / "metrics.jsonl", start_step)
+            self._text = (folder / "log.txt").open("a", buffering=1)
+            self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+            self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
         except OSError as error:
-            raise UsageError(f"--output-dir {folder}: cannot be made ({error.strerror}); use another") from None
-        _drop_after(folder / "metrics.jsonl", start_step)
-        self._text = (folder / "log.txt").open("a", buffering=1)
-        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
+            raise UsageError(f"--output-dir {folder}: cannot be written ({error.strerror}); use another") from None
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps, initial=start_step, disable=quiet, bar_format=_BAR, desc="start", dynamic_ncols=True
@@ -146,7 +145,16 @@ def _clock(seconds: float) -> str:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Forget what an interrupted run recorded beyond the checkpoint that it goes on from."""
+    """Forget what an interrupted run recorded beyond the checkpoint that it goes on from, and half a last line."""
     if path.exists():
-        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -42,15 +42,18 @@ class Meter:
         return batch
 
     @torch.no_grad()
-    def add(self, outputs: list[dict[str, Tensor]], go: Tensor, bad: Tensor) -> None:
-        """One optimiser step: the outputs of its batches, whether it counted, which ranks' loss was not finite."""
-        for output in outputs:
-            for name, value in output.items():
-                kept = torch.where(go > 0, value.detach().float(), 0) / len(outputs)
-                self._sums[name] = self._sums[name] + kept if name in self._sums else kept
+    def add(self, outputs: list[dict[str, Tensor]], gradient_norm: Tensor, go: Tensor, bad: Tensor) -> None:
+        """One optimiser step: the outputs of its batches, its gradient's norm, and what `FiniteGuard` says of it."""
+        for name in outputs[0]:
+            self._sum(name, torch.stack([output[name].detach().float() for output in outputs]).mean(), go)
+        self._sum("gradient_norm", gradient_norm, go)
         self._counted = self._counted + go
-        self._bad.append(bad)
+        self._bad += [bad, go[None]]
         self._steps += 1
+
+    def _sum(self, name: str, value: Tensor, go: Tensor) -> None:
+        kept = torch.where(go > 0, value, 0)
+        self._sums[name] = self._sums[name] + kept if name in self._sums else kept
 
     def read(self, step: int) -> tuple[dict[str, float], list[str]]:
         """Averages over ranks since the last call, after `step` optimiser steps, and what a user has to know.
@@ -77,14 +80,17 @@ class Meter:
     def _non_finite(self, flags: list[float], first: int, ranks: int) -> list[str]:
         notes = []
         for number in range(self._steps):
-            bad = [str(rank) for rank in range(ranks) if flags[number * ranks + rank]]
-            self._streak = self._streak + 1 if bad else 0
-            if bad:
-                notes.append(f"step {first + number}: the loss on rank {', '.join(bad)} was not finite; step left out")
+            *bad, go = flags[number * (ranks + 1) :][: ranks + 1]
+            self._streak = 0 if go else self._streak + 1
+            if go:
+                continue
+            ranks_with = ", ".join(str(rank) for rank in range(ranks) if bad[rank])
+            what = f"the loss on rank {ranks_with}" if ranks_with else "the gradient"
+            notes.append(f"step {first + number}: {what} was not finite; step left out")
             if self._streak == _STREAK:
                 raise UsageError(
-                    f"the loss was not finite in {_STREAK} steps in a row, last on rank {', '.join(bad)} in step "
-                    f"{first + number}; go on from the last checkpoint with a lower --base-lr or another --amp"
+                    f"step {first + number}: {what} was not finite, the last of {_STREAK} such steps in a row; "
+                    "go on from the last checkpoint with a lower --base-lr or another --amp"
                 )
         return notes
 

@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+from utils.batch import MEAN, STD
+
+_MEAN, _STD = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
 
 
 def palette(count: int) -> Tensor:
@@ -56,11 +57,17 @@ def slot_grid(images: Tensor, scores: Tensor, opacity: float = 0.7) -> Tensor:
     Returns:
         (3, H, W) uint8.
     """
-    fine = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
-    colours = palette(scores.shape[1])[fine.argmax(dim=1)].permute(0, 3, 1, 2)
+    side = images.shape[2]
+    winners = torch.stack([_upsample(one, side // 2).argmax(dim=0) for one in scores])
+    colours = F.interpolate(palette(scores.shape[1])[winners].permute(0, 3, 1, 2), side)
     grey = images.mean(dim=1, keepdim=True)
     maps = opacity * colours + (1 - opacity) * grey
     return _to_bytes(make_grid(torch.cat([images, maps]), nrow=len(images), padding=4, pad_value=1))
+
+
+def _upsample(scores: Tensor, side: int) -> Tensor:
+    """Scores (K, h, w) of one image -> (K, side, side); of all images at once they would fill the memory."""
+    return F.interpolate(scores[None], side, mode="bilinear", align_corners=False)[0]
 
 
 def _to_bytes(picture: Tensor) -> Tensor:

@@ -18,20 +18,9 @@ from utils import checkpoint, distributed
 from utils.errors import UsageError
 from utils.run import Run
 
-# Arguments that do not change what a run learns.
-_HARMLESS = {
-    "allow_changes",
-    "auto_resume",
-    "data_dir",
-    "dry_run",
-    "init",
-    "num_workers",
-    "output_dir",
-    "print_freq",
-    "resume",
-    "save_freq",
-    "start_epoch",
-}
+# Arguments that say how to start, and those that do not change what a run learns.
+_CONTROL = {"allow_changes", "auto_resume", "dry_run", "init", "output_dir", "resume", "start_epoch"}
+_HARMLESS = {"data_dir", "num_workers", "print_freq", "save_freq"}
 # Arguments that decide what the state of an optimiser and a method is.
 _FIXED = {"method", "optimizer"}
 
@@ -40,23 +29,25 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from: with --auto-resume the run folder's newest, else --resume, else none.
 
     Raises:
-        UsageError: --resume is missing, or the folder holds a run that nobody asked to go on with.
+        UsageError: a file is missing, two starts are asked for, or the folder holds a run that nobody asked to go on
+            with.
     """
-    newest = Path(args.output_dir) / "current.pth"
-    if args.auto_resume and newest.exists():
-        return newest
-    if args.resume:
-        if not Path(args.resume).is_file():
-            raise UsageError(f"--resume {args.resume}: no such file")
-        return Path(args.resume)
-    if newest.exists():
-        raise UsageError(
-            f"--output-dir {args.output_dir}: holds a run; go on with --auto-resume, or use another folder"
-        )
-    return None
+    folder = Path(args.output_dir)
+    for flag, path in (("--resume", args.resume), ("--init", args.init)):
+        if path and not Path(path).is_file():
+            raise UsageError(f"{flag} {path}: no such file")
+    if args.resume and args.init:
+        raise UsageError("--resume goes on with a run, --init starts another: use one of them")
+    if args.auto_resume and (folder / "current.pth").exists():
+        return folder / "current.pth"
+    in_folder = args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    holds_run = (folder / "metrics.jsonl").exists() or any(folder.glob("*.pth"))
+    if holds_run and not args.auto_resume and not in_folder:
+        raise UsageError(f"--output-dir {folder}: holds a run; go on with --auto-resume, or use another folder")
+    return Path(args.resume) if args.resume else None
 
 
-def check_changes(path: Path, old: dict[str, Any], new: dict[str, Any], allow: bool) -> list[str]:
+def check_changes(old: dict[str, Any], new: dict[str, Any], allow: bool) -> list[str]:
     """Compare a checkpoint's facts with this run's.
 
     Returns:
@@ -65,13 +56,13 @@ def check_changes(path: Path, old: dict[str, Any], new: dict[str, Any], allow: b
     Raises:
         UsageError: something changed that changes the result, without `allow`; or what cannot change at all.
     """
-    shared = [name for name in new if name in old]  # flags come and go between versions
+    shared = [name for name in new if name in old and name not in _CONTROL]  # flags come and go between versions
     changed = {name: f"{name} {old[name]} -> {new[name]}" for name in shared if old[name] != new[name]}
     for name in sorted(_FIXED & changed.keys()):
-        raise UsageError(f"--resume {path}: {changed[name]}; start from its weights with --init instead")
+        raise UsageError(f"{changed[name]}: start from its weights with --init instead")
     grave = [text for name, text in changed.items() if name not in _HARMLESS]
     if grave and not allow:
-        raise UsageError(f"--resume {path}: changes the result: {', '.join(grave)}; undo, or add --allow-changes")
+        raise UsageError(f"changes the result: {', '.join(grave)}; undo, or add --allow-changes")
     return [f"changed: {text}" for text in changed.values()]
 
 
@@ -84,13 +75,14 @@ def begin(run: Run) -> tuple[int, list[str]]:
     Raises:
         UsageError: a checkpoint is missing, does not fit, or was made with other arguments.
     """
-    if path := find_checkpoint(run.args):
-        start, changes = restore(run, path)
-        return start, [f"going on after epoch {start // run.plan.steps_per_epoch} from {path}", *changes]
-    start = run.plan.steps_per_epoch * (run.args.start_epoch - 1)
-    if run.args.init:
-        taken = checkpoint.initialise(run.method, run.args.init)
-        return start, [f"started from {run.args.init}: {', '.join(taken)}"]
+    args, start = run.args, run.plan.steps_per_epoch * (run.args.start_epoch - 1)
+    if path := find_checkpoint(args):
+        start, notes = restore(run, path)
+        if args.resume and path != Path(args.resume):
+            notes.append(f"--resume {args.resume} was not needed")
+        return start, [f"going on after epoch {start // run.plan.steps_per_epoch} from {path}", *notes]
+    if args.init:
+        return start, [f"started from {args.init}: {', '.join(checkpoint.initialise(run.method, args.init))}"]
     return start, []
 
 
@@ -120,16 +112,25 @@ def restore(run: Run, path: Path) -> tuple[int, list[str]]:
         UsageError: it is no checkpoint of this project, does not fit, or its arguments were others.
     """
     state = checkpoint.load(path, "--resume")
-    if not isinstance(state.get("args"), dict) or "step" not in state:
+    if not all(isinstance(state.get(name), dict) for name in ("args", "model", "optimizer", "scaler")):
         raise UsageError(f"--resume {path}: not a checkpoint of this project; start from its weights with --init")
-    changes = check_changes(path, state["args"], run.facts, run.args.allow_changes)
-    checkpoint.load_strict(run.method, state["model"], f"--resume {path}")
-    # Learning rate, decay and momentum stay this run's.
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+    try:
+        changes = check_changes(state["args"], run.facts, run.args.allow_changes)
+        checkpoint.load_strict(run.method, state["model"], "model")
+        _restore_optimizer(run, state["optimizer"])
+    except UsageError as error:
+        raise UsageError(f"--resume {path}: {error}") from None
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
     return state["epoch"] * run.plan.steps_per_epoch, changes
+
+
+def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
+    groups = run.optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+        raise UsageError("its optimiser trained other parameters; start from its weights with --init")
+    # Learning rate, decay and momentum stay this run's.
+    run.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def write_config(folder: Path, run: Run) -> None:

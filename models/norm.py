@@ -1,0 +1,87 @@
+"""Batch norm over all ranks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.heads import RowBatchNorm
+from utils.distributed import all_gather
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm of maps whose training statistics are those of all ranks; else, and with one rank, `nn.BatchNorm2d`.
+
+    With several ranks maps have to be on GPUs, with at least one image on each.
+    """
+
+    # nn.SyncBatchNorm drops ranks without images by a boolean mask, so that the host waits for the GPU in every
+    # forward: some 220 times in a step of ResNet-50. Here every rank has images, and nothing is read back.
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, h, w) -> the same shape and type."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        self._check_input_dim(x)
+        assert self.num_batches_tracked is not None  # always: statistics are tracked
+        self.num_batches_tracked.add_(1)
+        return _Normalise.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Have batch norm of maps and of rows go over all ranks, in place; parameters and buffers stay the same tensors."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm
+        elif isinstance(module, RowBatchNorm):
+            module.synchronised = True
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+class _Normalise(torch.autograd.Function):
+    """Statistics are float32 whatever the type of the maps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=_layout(x))
+        channels = x.shape[1]
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        count = torch.full((1,), x.numel() // channels, dtype=mean.dtype, device=mean.device)
+        of_ranks = all_gather(torch.cat([mean, invstd, count])[None])
+        means, invstds, counts = of_ranks.split([channels, channels, 1], dim=1)
+        counts = counts.flatten()
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, means, invstds, running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+        gradient = gradient.contiguous(memory_format=_layout(x))
+        total, total_centred, of_weight, of_bias = torch.batch_norm_backward_reduce(
+            gradient, x, mean, invstd, weight, to_x, to_weight, to_bias
+        )
+        of_x = None
+        if to_x:
+            totals = torch.cat([total, total_centred])
+            dist.all_reduce(totals)
+            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, weight, *totals.chunk(2), counts)
+        # Gradients of weight and bias stay those of this rank, as those of all other parameters do before DDP.
+        return of_x, of_weight if to_weight else None, of_bias if to_bias else None, None, None, None, None
