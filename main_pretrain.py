@@ -17,6 +17,7 @@ import models.backbones
 from data.loader import Batch, EpochSampler, build_loader
 from data.photometric import apply_colour
 from models import METHODS, build_method
+from models.norm import synchronise_batch_norm
 from utils import arguments, distributed, pictures, resume
 from utils.device import amp_dtype, choose_device, loader_workers
 from utils.errors import UsageError
@@ -83,7 +84,7 @@ def build_run(args: argparse.Namespace, device: torch.device, images: int) -> Ru
     torch.manual_seed(args.seed)
     method = build_method(args).to(device).to(memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:
-        distributed.synchronise_batch_norm(method)
+        synchronise_batch_norm(method)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     return Run(args, plan, device, method, build_optimizer(args, method), scaler)
 

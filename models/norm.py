@@ -82,6 +82,7 @@ class _Normalise(torch.autograd.Function):
         if to_x:
             totals = torch.cat([total, total_centred])
             dist.all_reduce(totals)
-            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, weight, *totals.chunk(2), counts)
+            total, total_centred = totals.chunk(2)
+            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, weight, total, total_centred, counts)
         # Gradients of weight and bias stay those of this rank, as those of all other parameters do before DDP.
-        return of_x, of_weight if to_weight else None, of_bias if to_bias else None, None, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models import build_method
 from models.grouping import occupied
 from models.heads import MLP
+from models.norm import synchronise_batch_norm
 from utils import distributed
 from utils.batch import Batch
 from utils.finite import FiniteGuard
@@ -117,7 +118,7 @@ def rows_through_a_predictor(rows: Tensor) -> Result:
     torch.manual_seed(0)
     predictor = MLP(5, 7, 5, maps=False)
     if distributed.world_size() > 1:
-        distributed.synchronise_batch_norm(predictor)
+        synchronise_batch_norm(predictor)
         rows = rows[:8] if distributed.rank() == 0 else rows[8:]
     out = predictor(rows)
     (out**3).sum().backward()

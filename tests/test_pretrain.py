@@ -114,7 +114,7 @@ def test_two_processes_train_one_model(photographs: Path, tmp_path: Path) -> Non
     flags = ["--data-dir", photographs, "--dataset", "COCOval", *SMALL, "--batch-size", 20, "--epochs", 1]
     finished = command(MAIN, *map(str, flags), "--output-dir", str(tmp_path), launcher=torchrun)
     assert finished.returncode == 0, finished.stderr
-    assert "SyncBatchNorm needs GPUs" in finished.stderr
+    assert "batch norm of each process on its own" in finished.stderr
     assert json.loads((tmp_path / "config.json").read_text())["plan"]["processes"] == 2
     assert records(tmp_path)[-1]["step"] == 5
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "current.pth").values())

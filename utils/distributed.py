@@ -116,14 +116,6 @@ def agree(flags: str, fact: object) -> None:
         raise UsageError(f"{flags}: not the same on all machines; give each of them the same files and flags")
 
 
-def synchronise_batch_norm(model: nn.Module) -> None:
-    """Have batch norm go over all GPUs, in place: torch's SyncBatchNorm on maps, the same for the predictor's rows."""
-    for module in model.modules():
-        if hasattr(module, "synchronised"):
-            setattr(module, "synchronised", True)  # noqa: B010 (a module's attributes have no static type)
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with its gradients averaged over ranks."""
     if not dist.is_initialized():

@@ -40,7 +40,7 @@ class Run:
             "method": f"{args.method}, {args.arch}, output stride {args.output_stride}",
             "images": f"{plan.images} of {args.dataset} in {args.data_dir}",
             "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}"
-            + (", batch norm of each process on its own (SyncBatchNorm needs GPUs)" if alone else ""),
+            + (", batch norm of each process on its own (synchronising it needs GPUs)" if alone else ""),
             "workers": f"{loader_workers(args.num_workers)} for each process",
             "effective batch": f"{plan.effective_batch} = {plan.batch_size} over GPUs x {plan.accum_steps} accumulated",
             "learning rate": f"{plan.peak_lr:g} = {args.base_lr:g} x {plan.effective_batch} / 256, {args.optimizer}",
