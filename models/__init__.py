@@ -3,9 +3,10 @@
 import argparse
 
 from models.slotcon import SlotCon
+from models.slotfa import SlotFA
 from utils.method import Method
 
-METHODS: dict[str, type[Method]] = {"slotcon": SlotCon}
+METHODS: dict[str, type[Method]] = {"slotcon": SlotCon, "slotfa": SlotFA}
 
 
 def build_method(args: argparse.Namespace) -> Method:

@@ -1,6 +1,7 @@
 """SlotCon (arXiv 2205.15288): semantic grouping and slot contrast, learned together."""
 
 import argparse
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,16 @@ from utils.arguments import at_least, between
 from utils.batch import Batch
 from utils.distributed import all_gather, all_reduce_mean, rank
 from utils.method import Method
+
+
+class Seen(NamedTuple):
+    """A view, as one of the networks sees it."""
+
+    encoded: Tensor
+    """(B, C, H, W) the encoder's map."""
+    projected: Tensor
+    """(B, D, H, W) its projection z."""
+    grouped: Grouped
 
 
 class SlotCon(Method):
@@ -54,16 +65,17 @@ class SlotCon(Method):
         super().__init__()
         self.teacher_temp, self.student_temp = args.teacher_temp, args.student_temp
         self.center_momentum, self.contrast_temp = args.center_momentum, args.contrast_temp
-        self.group_loss_weight = args.group_loss_weight
+        self.weights = {"loss_group": args.group_loss_weight, "loss_contrast": 1 - args.group_loss_weight}
 
         (self.encoder_q, width), (self.encoder_k, _) = (build_encoder(args.arch, args.output_stride) for _ in range(2))
+        self.map_width = width
         self.projector_q, self.projector_k = (MLP(width, args.dim_hidden, args.dim_out, maps=True) for _ in range(2))
         self.grouping_q, self.grouping_k = (
             Grouping(args.num_prototypes, args.dim_out, args.teacher_temp) for _ in range(2)
         )
         self.predictor_slot = MLP(args.dim_out, args.dim_hidden, args.dim_out, maps=False)
         self.register_buffer("center", torch.zeros(1, args.num_prototypes))
-        if self.group_loss_weight == 1:
+        if not self.weights["loss_contrast"]:
             self.predictor_slot.requires_grad_(False)  # it stays for the checkpoint's keys, and does not run
         for student, teacher in self._pairs():
             copy_and_freeze(student, teacher)
@@ -82,19 +94,23 @@ class SlotCon(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Two views of B images -> `loss` with gradient, and detached parts to log."""
-        student = [self.grouping_q(self.projector_q(self.encoder_q(view))) for view in batch.views]
+        student = [_see(view, self.encoder_q, self.projector_q, self.grouping_q) for view in batch.views]
         with torch.no_grad():
-            teacher = [self.grouping_k(self.projector_k(self.encoder_k(view))) for view in batch.views]
-
-        out = {}
-        if self.group_loss_weight > 0:
-            out["loss_group"] = self._group(batch, student, teacher, 0, 1) + self._group(batch, student, teacher, 1, 0)
-        if self.group_loss_weight < 1:
-            out["loss_contrast"] = self._contrast(student[0], teacher[1]) + self._contrast(student[1], teacher[0])
-        weights = {"loss_group": self.group_loss_weight, "loss_contrast": 1 - self.group_loss_weight}
-        loss = sum(weights[name] * part for name, part in out.items())
+            teacher = [_see(view, self.encoder_k, self.projector_k, self.grouping_k) for view in batch.views]
+        terms = self._terms(batch, student, teacher)
+        loss = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
         self._update_centre(teacher)
-        return {"loss": loss, **{name: part.detach() for name, part in out.items()}, **_usage(teacher)}
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **_usage(teacher)}
+
+    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
+        """The terms of the loss by name; one of weight 0 is not computed."""
+        terms = {}
+        if self.weights["loss_group"]:
+            terms["loss_group"] = self._distil(batch, [view.grouped.scores for view in student], teacher)
+        if self.weights["loss_contrast"]:
+            forth = self._contrast(student[0].grouped, teacher[1].grouped)
+            terms["loss_contrast"] = forth + self._contrast(student[1].grouped, teacher[0].grouped)
+        return terms
 
     @torch.no_grad()
     def slot_maps(self, images: Tensor) -> Tensor:
@@ -105,15 +121,17 @@ class SlotCon(Method):
         self.train(training)
         return scores
 
-    def _group(self, batch: Batch, student: list[Grouped], teacher: list[Grouped], a: int, b: int) -> Tensor:
-        """Distil the teacher's grouping of view b into the student's of view a, on the pixels that both show."""
-        boxes_a, meets = overlap(batch, a, b)
-        boxes_b, _ = overlap(batch, b, a)
-        aligned_student = align(student[a].scores, boxes_a, batch.flips[:, a])
-        aligned_teacher = align(teacher[b].scores, boxes_b, batch.flips[:, b])
-        return distillation(
-            aligned_student, aligned_teacher, self.center, self.student_temp, self.teacher_temp, valid=meets
-        )
+    def _distil(self, batch: Batch, student_scores: list[Tensor], teacher: list[Seen]) -> Tensor:
+        """Distil the teacher's grouping of each view into the student's of the other, on the pixels that both show."""
+        directions = []
+        for a, b in ((0, 1), (1, 0)):
+            boxes_a, meets = overlap(batch, a, b)
+            boxes_b, _ = overlap(batch, b, a)
+            aligned_student = align(student_scores[a], boxes_a, batch.flips[:, a])
+            aligned_teacher = align(teacher[b].grouped.scores, boxes_b, batch.flips[:, b])
+            temperatures = self.student_temp, self.teacher_temp
+            directions.append(distillation(aligned_student, aligned_teacher, self.center, *temperatures, valid=meets))
+        return directions[0] + directions[1]
 
     def _contrast(self, student: Grouped, teacher: Grouped) -> Tensor:
         """Slot contrast of the student's slots in one view against the teacher's in the other.
@@ -136,15 +154,21 @@ class SlotCon(Method):
         return slot_contrast(queries, all_gather(keys), positives, self.contrast_temp)
 
     @torch.no_grad()
-    def _update_centre(self, teacher: list[Grouped]) -> None:
+    def _update_centre(self, teacher: list[Seen]) -> None:
         """Move the centre towards the mean of the teacher's scores over views, images, positions and ranks."""
-        mean = torch.stack([view.scores.mean(dim=(0, 2, 3)) for view in teacher]).mean(dim=0, keepdim=True)
+        mean = torch.stack([view.grouped.scores.mean(dim=(0, 2, 3)) for view in teacher]).mean(dim=0, keepdim=True)
         self.center.lerp_(all_reduce_mean(mean), 1 - self.center_momentum)
 
 
-def _usage(teacher: list[Grouped]) -> dict[str, Tensor]:
+def _see(view: Tensor, encoder: nn.Module, projector: nn.Module, grouping: nn.Module) -> Seen:
+    encoded = encoder(view)
+    projected = projector(encoded)
+    return Seen(encoded, projected, grouping(projected))
+
+
+def _usage(teacher: list[Seen]) -> dict[str, Tensor]:
     """Which share of the prototypes this GPU's batch uses, and how many slots an image has."""
-    slots = torch.cat([occupied(view.scores) for view in teacher])
+    slots = torch.cat([occupied(view.grouped.scores) for view in teacher])
     return {
         "prototypes_used": slots.any(dim=0).float().mean(),
         "slots_per_image": slots.float().sum(dim=1).mean(),

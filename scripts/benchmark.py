@@ -29,6 +29,7 @@ from utils.device import choose_device
 from utils.finite import FiniteGuard
 from utils.logging import memory_gib
 from utils.meter import Meter
+from utils.run import Run
 
 REPEATS = 7
 WARM_UP = 3
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     loader.add_argument("--json", type=Path, help="file to write the numbers to")
     loader.set_defaults(run=benchmark_loader)
     step = commands.add_parser("step", help="images/s and peak memory of the whole training step, fed from memory")
+    step.add_argument("--methods", nargs="+", default=["slotcon"], help="methods, timed in turns; memory only for one")
     step.add_argument("--steps", type=int, default=20, help="how many steps are timed")
     step.add_argument("--json", type=Path, help="file to write the numbers to")
     step.add_argument("flags", nargs=argparse.REMAINDER, help="-- and flags of main_pretrain.py")
@@ -54,33 +56,48 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def benchmark_step(args: argparse.Namespace) -> None:
-    """Colour, forward, backward, optimiser and teacher of the run that the flags describe."""
-    run_args = main_pretrain.parse_args([flag for flag in args.flags if flag != "--"])
-    device = choose_device(run_args)
-    run = main_pretrain.build_run(run_args, device, images=1000 * run_args.batch_size * run_args.accum_steps)
-    batch = scene_batch(run_args)
+    """Colour, forward, backward, optimiser and teacher of the runs that methods and flags describe, in turns."""
+    flags = [flag for flag in args.flags if flag != "--"]
+    steps = {method: training_step(main_pretrain.parse_args(["--method", method, *flags])) for method in args.methods}
+    rates: dict[str, list[float]] = {method: [] for method in steps}
+    for number in range(WARM_UP + args.steps):
+        for method, (run, step) in steps.items():
+            start = time.perf_counter()
+            step(number)
+            rates[method].append(run.plan.effective_batch / (time.perf_counter() - start))
+    device = next(iter(steps.values()))[0].device
+    numbers: dict[str, Any] = {}
+    for method, (run, _) in steps.items():
+        timed = rates[method][WARM_UP:]
+        rate = {"median": statistics.median(timed), "lowest": min(timed), "highest": max(timed)}
+        numbers[method] = {"images_per_second": rate, "args": vars(run.args)}
+        print(run.describe())
+        print(
+            f"images/s          {rate['median']:.2f}   ({rate['lowest']:.2f} to {rate['highest']:.2f}, {args.steps} steps)"
+        )
+        slower = [a / b for a, b in zip(rates[args.methods[0]][WARM_UP:], timed)]
+        print(f"time of a step    {statistics.median(slower):.3f} x that of {args.methods[0]}\n")
+    if len(steps) == 1:
+        numbers["peak_memory_gib"] = memory_gib(device)
+        print(f"peak memory       {numbers['peak_memory_gib']:.2f} GiB")
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=1))
+
+
+def training_step(args: argparse.Namespace) -> tuple[Run, Callable[[int], None]]:
+    """A run, and what does its optimiser step of a given number and waits for it; fed from memory."""
+    device = choose_device(args)
+    run = main_pretrain.build_run(args, device, images=1000 * args.batch_size * args.accum_steps)
+    batch = scene_batch(args)
     batches = itertools.repeat(batch.pin_memory() if device.type == "cuda" else batch)
     guard, meter = FiniteGuard(run.method, device), Meter(device, run.plan.images)
-    seconds = []
-    for step in range(WARM_UP + args.steps):
-        start = time.perf_counter()
-        main_pretrain.optimise(run, run.method, batches, guard, meter, step)
+
+    def step(number: int) -> None:
+        main_pretrain.optimise(run, run.method, batches, guard, meter, number)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    rates = [run.plan.effective_batch / value for value in seconds[WARM_UP:]]
-    numbers: dict[str, Any] = {
-        "images_per_second": {"median": statistics.median(rates), "lowest": min(rates), "highest": max(rates)},
-        "peak_memory_gib": memory_gib(device),
-    }
-    print(run.describe())
-    rate = numbers["images_per_second"]
-    print(
-        f"images/s          {rate['median']:.1f}   ({rate['lowest']:.1f} to {rate['highest']:.1f}, {args.steps} steps)"
-    )
-    print(f"peak memory       {numbers['peak_memory_gib']:.2f} GiB")
-    if args.json:
-        args.json.write_text(json.dumps({**numbers, "args": vars(run_args)}, indent=1))
+
+    return run, step
 
 
 def scene_batch(args: argparse.Namespace) -> Batch:
