@@ -72,9 +72,8 @@ def benchmark_step(args: argparse.Namespace) -> None:
         rate = {"median": statistics.median(timed), "lowest": min(timed), "highest": max(timed)}
         numbers[method] = {"images_per_second": rate, "args": vars(run.args)}
         print(run.describe())
-        print(
-            f"images/s          {rate['median']:.2f}   ({rate['lowest']:.2f} to {rate['highest']:.2f}, {args.steps} steps)"
-        )
+        spread = f"{rate['lowest']:.2f} to {rate['highest']:.2f}, {args.steps} steps"
+        print(f"images/s          {rate['median']:.2f}   ({spread})")
         slower = [a / b for a, b in zip(rates[args.methods[0]][WARM_UP:], timed)]
         print(f"time of a step    {statistics.median(slower):.3f} x that of {args.methods[0]}\n")
     if len(steps) == 1:
