@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a small trained SlotCon: .venv, requirements, and a few minutes of training on the built-in scenes.
+# From nothing to a small trained SlotFA: .venv, requirements, and a few minutes of training on the built-in scenes.
 #   ./scripts/quickstart.sh [more flags of main_pretrain.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,8 +8,9 @@ install requirements.txt
 
 OUT="${OUT:-output/quickstart_$(date +%Y%m%d_%H%M%S)}"
 python main_pretrain.py \
+    --method slotfa --group-loss-weight 0.5 --fa-train-prototypes \
     --dataset demo --data-dir data --image-size 96 --min-scale 0.2 \
     --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 16 --teacher-temp 0.04 \
-    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 5 \
-    --save-freq 5 --num-workers 2 --output-dir "$OUT" "$@"
+    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 4 \
+    --save-freq 4 --num-workers 2 --output-dir "$OUT" "$@"
 echo "curves, pictures  .venv/bin/tensorboard --logdir $OUT"
