@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(args)
     except UsageError as error:
         distributed.exit_with(str(error))
+    except KeyboardInterrupt:
+        distributed.exit_with("stopped; --auto-resume goes on from the last checkpoint", status=130)
     distributed.stop()  # not after an error: with NCCL it would wait for ranks that may be waiting for this one
 
 
@@ -75,7 +77,7 @@ def pretrain(args: argparse.Namespace) -> None:
         if distributed.is_main():
             resume.write_config(folder, run)
         train(run, dataset, log, start)
-        log.finish(f"weights           {folder / 'current.pth'}", f"figure            {folder / 'slots.png'}")
+        log.finish()
 
 
 def build_run(args: argparse.Namespace, device: torch.device, images: int) -> Run:

@@ -101,7 +101,7 @@ class SceneDataset:
 
 
 def build_dataset(args: argparse.Namespace) -> SceneDataset:
-    """The data set that `args.dataset` and `args.data_dir` name, with the views of `args.method`.
+    """The data set that `args.dataset` and `args.data_dir` name, with SlotCon's views, which SlotFA shares.
 
     Raises:
         UsageError: a folder is missing or has no images.

@@ -7,6 +7,7 @@ down, so that a scene looks alike at every size of the same proportions; angles 
 
 import json
 import shutil
+import sys
 import uuid
 from collections.abc import Callable
 from functools import cache
@@ -352,6 +353,7 @@ def make_demo(root: Path, seed: int, train: int = 1000, val: int = 200) -> Path:
     if _is_complete(folder, facts):
         return folder
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    print(f"drawing {train + val} demo scenes into {folder}", file=sys.stderr, flush=True)
     try:
         _write_demo(part, facts)
         part.rename(folder)

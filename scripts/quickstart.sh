@@ -13,4 +13,3 @@ python main_pretrain.py \
     --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 16 --teacher-temp 0.04 \
     --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 4 \
     --save-freq 4 --num-workers 2 --output-dir "$OUT" "$@"
-echo "curves, pictures  .venv/bin/tensorboard --logdir $OUT"

@@ -20,6 +20,6 @@ torchrun \
     --batch-size 512 --accum-steps 1 --epochs 200 \
     --optimizer lars --base-lr 1.0 --weight-decay 1e-5 --momentum 0.9 \
     --warmup-epoch 5 --warmup-multiplier 100 --clip-grad 0 \
-    --amp bf16 --seed 0 \
+    --device cuda --amp bf16 --seed 0 \
     --output-dir "${OUT:-output/slotcon_imagenet_r50_200ep}" --auto-resume --print-freq 10 --save-freq 10 \
     "$@"

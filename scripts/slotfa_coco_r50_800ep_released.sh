@@ -22,6 +22,6 @@ torchrun \
     --batch-size 512 --accum-steps 1 --epochs 800 \
     --optimizer lars --base-lr 1.0 --weight-decay 1e-5 --momentum 0.9 \
     --warmup-epoch 5 --warmup-multiplier 100 --clip-grad 0 \
-    --amp bf16 --seed 0 \
+    --device cuda --amp bf16 --seed 0 \
     --output-dir "${OUT:-output/slotfa_coco_r50_800ep_released}" --auto-resume --print-freq 10 --save-freq 50 \
     "$@"

@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -108,6 +109,46 @@ def test_resuming_from_elsewhere_does_not_overwrite_a_run(
     assert "holds a run" in mistake(tiny("--resume", str(tmp_path / "elsewhere.pth")), capsys)
 
 
+def test_without_current_pth_the_latest_checkpoint_is_gone_on_from(finished_run: Path, tiny: Tiny) -> None:
+    (finished_run / "current.pth").unlink()
+    before = (finished_run / "ckpt_epoch_2.pth").read_bytes()
+    main_pretrain.main(tiny("--auto-resume"))
+    assert (finished_run / "ckpt_epoch_2.pth").read_bytes() == before
+    assert "going on after epoch 2" in (finished_run / "log.txt").read_text()
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(state: object, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 60697856 vs 60697752")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        main_pretrain.main(tiny())
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--output-dir" in line
+    assert "cannot be written" in line
+    assert not list((tmp_path / "run").glob("*ckpt*"))
+    assert not list((tmp_path / "run").glob(".*ckpt*"))
+    assert "cannot be written" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_pretrain, "optimise", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main_pretrain.main(tiny())
+    assert stopped.value.code == 130
+    assert "--auto-resume" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_half_a_line_of_metrics_does_not_stop_a_resume(finished_run: Path, tiny: Tiny) -> None:
     with (finished_run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
@@ -137,15 +178,15 @@ def test_changes_of_the_result_have_to_be_allowed(
     finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = mistake(tiny("--auto-resume", "--epochs", "3", "--base-lr", "2", "--print-freq", "1"), capsys)
-    assert "base_lr 1.0 -> 2.0" in line
-    assert "epochs 2 -> 3" in line
+    assert "--base-lr 1.0 -> 2.0" in line
+    assert "--epochs 2 -> 3" in line
     assert "--allow-changes" in line
-    assert "print_freq" not in line
+    assert "print-freq" not in line
     main_pretrain.main(tiny("--auto-resume", "--epochs", "3", "--base-lr", "2", "--allow-changes"))
     assert (finished_run / "ckpt_epoch_3.pth").exists()
     log = (finished_run / "log.txt").read_text()
-    assert "allow_changes" not in log
-    assert "changed: base_lr 1.0 -> 2.0" in log
+    assert "allow-changes" not in log
+    assert "changed: --base-lr 1.0 -> 2.0" in log
 
 
 def test_a_checkpoint_of_another_shape(finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

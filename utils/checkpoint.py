@@ -18,13 +18,23 @@ Weights = dict[str, Tensor]
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to a temporary name beside `path`, then rename, so that `path` is never half a file."""
+    """Write `state` to a temporary name beside `path`, then rename, so that `path` is never half a file.
+
+    Raises:
+        UsageError: the disk does not take it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        reason = getattr(error, "strerror", None) or f"{free:.0f} MiB are free"
+        raise UsageError(f"--output-dir: {path} cannot be written ({reason}); earlier checkpoints are whole") from None
 
 
 def point_to(link: Path, target: Path) -> None:
@@ -54,9 +64,10 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
         raise UsageError(
             f"{flag} {path}: refused, it holds more than tensors and numbers, or is no checkpoint"
         ) from None
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{flag} {path}: not a readable checkpoint ({reason}); it may be truncated") from None
+    except Exception:  # a damaged archive raises whatever its reader stumbles over
+        raise UsageError(
+            f"{flag} {path}: truncated or no checkpoint; use another, such as an earlier epoch's"
+        ) from None
     if not isinstance(state, Mapping):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint")
     return dict(state)

@@ -20,6 +20,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     gpus = torch.cuda.device_count()
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
+    if args.device == "cuda" and not gpus:
+        raise UsageError("--device cuda: there is no GPU here; use --device cpu")
     if args.device == "cuda" and distributed.local_world_size() > gpus:
         raise UsageError(f"--device cuda: {distributed.local_world_size()} processes here and {gpus} GPUs; use fewer")
     if args.amp is None:

@@ -1,5 +1,6 @@
 """Processes and what they exchange; every function works with one process, with gloo and with NCCL."""
 
+import inspect
 import os
 import sys
 import time
@@ -121,7 +122,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
@@ -129,8 +132,8 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def exit_with(message: str) -> NoReturn:
-    """End the process with one line on stderr and status 2.
+def exit_with(message: str, status: int = 2) -> NoReturn:
+    """End the process with one line on stderr.
 
     torchrun stops all ranks as soon as one has ended; the others therefore wait until rank 0 has spoken.
     """
@@ -138,4 +141,4 @@ def exit_with(message: str) -> NoReturn:
         time.sleep(3)
         message = f"rank {rank()}: {message}"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)

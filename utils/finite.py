@@ -47,7 +47,11 @@ class FiniteGuard:
 
     @torch.no_grad()
     def watch(self, loss: Tensor) -> Tensor:
-        """The loss itself if it is finite, else NaN for every gradient, on every rank once they are averaged."""
+        """Note whether a loss is finite.
+
+        Returns:
+            A factor for the loss: 1, or NaN, which makes every gradient NaN, on every rank once they are averaged.
+        """
         finite = loss.detach().isfinite()
         self._bad[rank()] += (~finite).float()
         return torch.where(finite, 1.0, torch.nan)

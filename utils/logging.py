@@ -25,7 +25,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, total_steps: int, start_step: int, steps_per_epoch: int, active: bool):
-        self.active, self.steps_per_epoch, self.total_steps = active, steps_per_epoch, total_steps
+        self.active, self.folder = active, folder
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         if not active:
             return
         try:
@@ -49,10 +50,14 @@ class RunLog:
         return round(step / self.steps_per_epoch * 1000)
 
     def say(self, message: str) -> None:
-        """A line for the user and log.txt."""
+        """One or more lines for the user and log.txt."""
         if self.active:
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self._write(message)
             tqdm.write(message, file=sys.stderr)
+
+    def _write(self, message: str) -> None:
+        for line in message.splitlines():
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` optimiser steps done."""
@@ -73,7 +78,7 @@ class RunLog:
         for name, value in metrics.items():
             self._board.add_scalar(_board_name(name), value, self._axis(step))
         text = summary(metrics)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step} epoch {epoch:.2f}: {text}\n")
+        self._write(f"step {step} epoch {epoch:.2f}: {text}")
         self._bar.set_description_str(f"epoch {math.ceil(epoch)}/{self.total_steps // self.steps_per_epoch}", False)
         self._status.set_description_str(text)
         if self._bar.disable:
@@ -86,7 +91,7 @@ class RunLog:
         if self.active:
             self._board.add_image(name, image, self._axis(step))
 
-    def finish(self, *where: str) -> None:
+    def finish(self) -> None:
         """Close the bar, and say what was learned from the first report to the last, and where everything lies."""
         if not self.active:
             return
@@ -94,9 +99,13 @@ class RunLog:
         learned = [name for name in self._last if name.startswith(("loss", "prototypes", "slots"))]
         for name in learned:
             self.say(f"{name:<16}  {self._first[name]:.3f} -> {self._last[name]:.3f}")
+        figure = self.folder / "slots.png"
         took = f"{self.total_steps - self._start_step} steps in {_clock(time.monotonic() - self._started)}"
-        for line in (f"done              {took}" if learned else "nothing was left to do", *where):
-            self.say(line)
+        self.say(f"done              {took}" if learned else "nothing was left to do")
+        self.say(f"weights           {self.folder / 'current.pth'}")
+        if figure.exists():
+            self.say(f"figure            {figure}")
+        self.say(f"curves, pictures  tensorboard --logdir {self.folder}")
 
     def _close_bars(self) -> None:
         self._status.close()
@@ -105,9 +114,11 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Flush and close all files."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Flush and close all files; what ended the run early goes into log.txt as well."""
         if self.active:
+            if error is not None:
+                self._write(f"stopped: {str(error) or type(error).__name__}")
             self._close_bars()
             self._board.close()
             self._metrics.close()

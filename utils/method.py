@@ -11,7 +11,8 @@ from utils.batch import Batch
 class Method(nn.Module, ABC):
     """A student and a momentum teacher, and the loss between them.
 
-    A method holds no step counter, schedule, logger or world size: what depends on time comes with the batch.
+    A method holds no step counter, schedule or logger: what depends on time comes with the batch, and what ranks exchange
+    goes through `utils.distributed`.
     """
 
     encoder_q: nn.Module
@@ -22,7 +23,7 @@ class Method(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def add_arguments(parser: argparse._ArgumentGroup) -> None:
-        """The method's own flags, with the published recipe as defaults."""
+        """The method's own flags, with the published recipe as defaults; `--teacher-momentum` among them."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def make_plan(args: argparse.Namespace, images: int, world_size: int) -> Plan:
         taken = f"--batch-size {batch_size}" + (f" x --accum-steps {args.accum_steps}" if args.accum_steps > 1 else "")
         raise UsageError(f"{taken}: more than the {images} images of --data-dir {args.data_dir}; use a smaller batch")
     if batch_size == 1 and args.image_size <= args.output_stride:
-        raise UsageError(f"--batch-size 1 with --image-size {args.image_size}: batch norm needs more than one position")
+        raise UsageError(f"--batch-size 1 with --image-size {args.image_size}: batch norm needs more; use a larger one")
     if args.start_epoch > args.epochs:
         raise UsageError(
             f"--start-epoch {args.start_epoch}: beyond --epochs {args.epochs}; nothing would be left to do"

@@ -38,13 +38,21 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
             raise UsageError(f"{flag} {path}: no such file")
     if args.resume and args.init:
         raise UsageError("--resume goes on with a run, --init starts another: use one of them")
-    if args.auto_resume and (folder / "current.pth").exists():
-        return folder / "current.pth"
+    if args.auto_resume and (newest := _newest(folder)):
+        return newest
     in_folder = args.resume and Path(args.resume).resolve().parent == folder.resolve()
     holds_run = (folder / "metrics.jsonl").exists() or any(folder.glob("*.pth"))
     if holds_run and not args.auto_resume and not in_folder:
         raise UsageError(f"--output-dir {folder}: holds a run; go on with --auto-resume, or use another folder")
     return Path(args.resume) if args.resume else None
+
+
+def _newest(folder: Path) -> Path | None:
+    """`current.pth`, or where that is gone the checkpoint of the latest epoch."""
+    if (folder / "current.pth").exists():
+        return folder / "current.pth"
+    epochs = sorted((int(path.stem.rsplit("_", 1)[1]), path) for path in folder.glob("ckpt_epoch_*[0-9].pth"))
+    return epochs[-1][1] if epochs else None
 
 
 def check_changes(old: dict[str, Any], new: dict[str, Any], allow: bool) -> list[str]:
@@ -57,13 +65,17 @@ def check_changes(old: dict[str, Any], new: dict[str, Any], allow: bool) -> list
         UsageError: something changed that changes the result, without `allow`; or what cannot change at all.
     """
     shared = [name for name in new if name in old and name not in _CONTROL]  # flags come and go between versions
-    changed = {name: f"{name} {old[name]} -> {new[name]}" for name in shared if old[name] != new[name]}
+    changed = {name: f"{_flag(name)} {old[name]} -> {new[name]}" for name in shared if old[name] != new[name]}
     for name in sorted(_FIXED & changed.keys()):
         raise UsageError(f"{changed[name]}: start from its weights with --init instead")
     grave = [text for name, text in changed.items() if name not in _HARMLESS]
     if grave and not allow:
         raise UsageError(f"changes the result: {', '.join(grave)}; undo, or add --allow-changes")
     return [f"changed: {text}" for text in changed.values()]
+
+
+def _flag(name: str) -> str:
+    return name if name in ("images", "processes") else f"--{name.replace('_', '-')}"
 
 
 def begin(run: Run) -> tuple[int, list[str]]:
@@ -82,7 +94,10 @@ def begin(run: Run) -> tuple[int, list[str]]:
             notes.append(f"--resume {args.resume} was not needed")
         return start, [f"going on after epoch {start // run.plan.steps_per_epoch} from {path}", *notes]
     if args.init:
-        return start, [f"started from {args.init}: {', '.join(checkpoint.initialise(run.method, args.init))}"]
+        taken = checkpoint.initialise(run.method, args.init)
+        fresh = [name for name, part in run.method.named_children() if part.state_dict() and name not in taken]
+        rest = f"; freshly initialised: {', '.join(fresh)}" if fresh else ""
+        return start, [f"started from {args.init}: {', '.join(taken)}{rest}"]
     return start, []
 
 
@@ -111,15 +126,17 @@ def restore(run: Run, path: Path) -> tuple[int, list[str]]:
     Raises:
         UsageError: it is no checkpoint of this project, does not fit, or its arguments were others.
     """
-    state = checkpoint.load(path, "--resume")
-    if not all(isinstance(state.get(name), dict) for name in ("args", "model", "optimizer", "scaler")):
-        raise UsageError(f"--resume {path}: not a checkpoint of this project; start from its weights with --init")
+    flag = "--resume" if run.args.resume and path == Path(run.args.resume) else "--auto-resume"
+    state = checkpoint.load(path, flag)
+    kinds = {"args": dict, "model": dict, "optimizer": dict, "scaler": dict, "epoch": int}
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise UsageError(f"{flag} {path}: not a checkpoint of this project; start from its weights with --init")
     try:
         changes = check_changes(state["args"], run.facts, run.args.allow_changes)
         checkpoint.load_strict(run.method, state["model"], "model")
         _restore_optimizer(run, state["optimizer"])
     except UsageError as error:
-        raise UsageError(f"--resume {path}: {error}") from None
+        raise UsageError(f"{flag} {path}: {error}") from None
     if state["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(state["scaler"])
     return state["epoch"] * run.plan.steps_per_epoch, changes
@@ -127,7 +144,7 @@ def restore(run: Run, path: Path) -> tuple[int, list[str]]:
 
 def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
     groups = run.optimizer.state_dict()["param_groups"]
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved.get("param_groups", [])]:
         raise UsageError("its optimiser trained other parameters; start from its weights with --init")
     # Learning rate, decay and momentum stay this run's.
     run.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
