@@ -292,7 +292,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(
     told = capsys.readouterr().out
     main_pretrain.main(tiny())
     size = (tmp_path / "run/current.pth").stat().st_size / 2**20
-    assert "effective batch   8 = 8 over all processes x 1 accumulated" in told
+    assert "effective batch   8 = 8 over all processes x 1" in told
     assert "steps             4 = 2 epochs x 2" in told
     assert int(told.split("checkpoint size")[1].split()[0]) == pytest.approx(size, abs=1.5)
 

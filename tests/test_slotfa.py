@@ -730,7 +730,7 @@ def test_a_dry_run_of_a_launcher_says_what_the_run_would_be(
     said = capsys.readouterr().out
     assert "method            slotfa, resnet50, output stride 32\n" in said
     assert f"images            600 of COCO in {tmp_path}\n" in said
-    assert "effective batch   512 = 512 over GPUs x 1 accumulated\n" in said
+    assert "effective batch   512 = 512 over all processes x 1\n" in said
     assert "steps             800 = 800 epochs x 1\n" in said
     assert f"parameters        {68.7 if 'contrast' in launcher else 49.8} M trained\n" in said
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,8 @@ from utils.batch import Batch
 class Method(nn.Module, ABC):
     """A student and a momentum teacher, and the loss between them.
 
-    A method holds no step counter, schedule or logger: what depends on time comes with the batch, and what ranks exchange
-    goes through `utils.distributed`.
+    A method holds no step counter, schedule or logger: what depends on time comes with the batch, and what ranks
+    exchange goes through `utils.distributed`.
     """
 
     encoder_q: nn.Module

@@ -42,7 +42,7 @@ class Run:
             "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}"
             + (", batch norm of each process on its own (synchronising it needs GPUs)" if alone else ""),
             "workers": f"{loader_workers(args.num_workers)} for each process",
-            "effective batch": f"{plan.effective_batch} = {plan.batch_size} over all processes x {plan.accum_steps} accumulated",
+            "effective batch": f"{plan.effective_batch} = {plan.batch_size} over all processes x {plan.accum_steps}",
             "learning rate": f"{plan.peak_lr:g} = {args.base_lr:g} x {plan.effective_batch} / 256, {args.optimizer}",
             "steps": f"{plan.total_steps} = {args.epochs} epochs x {plan.steps_per_epoch}",
             "parameters": f"{trained / 1e6:.1f} M trained",
