@@ -11,5 +11,5 @@ python main_pretrain.py \
     --method slotfa --group-loss-weight 0.5 --fa-train-prototypes \
     --dataset demo --data-dir data --image-size 96 --min-scale 0.2 \
     --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 16 --teacher-temp 0.04 \
-    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 4 \
-    --save-freq 4 --num-workers 2 --output-dir "$OUT" "$@"
+    --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 5 \
+    --save-freq 5 --num-workers 2 --output-dir "$OUT" "$@"
