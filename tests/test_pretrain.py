@@ -88,6 +88,17 @@ def test_a_run_on_photographs_learns(photograph_run: tuple[list[object], Path]) 
     assert_complete(folder, epochs=3)
 
 
+@pytest.mark.parametrize("preset", [[], ["--group-loss-weight", 0.5, "--fa-train-prototypes"]])
+def test_slotfa_learns_on_photographs(preset: list[object], photographs: Path, tmp_path: Path) -> None:
+    flags = ["--data-dir", photographs, *SMALL, "--batch-size", 22, "--epochs", 2, "--base-lr", 4]
+    pretrain("--method", "slotfa", *preset, *flags, "--output-dir", tmp_path)
+    assert_learned(tmp_path)
+    first, last = records(tmp_path)[0], records(tmp_path)[-1]
+    assert last["loss_augmented"] < first["loss_augmented"]
+    assert last["loss_group"] < first["loss_group"]
+    assert 0.1 < last["assignments_moved"] < 1
+
+
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(
     photograph_run: tuple[list[object], Path], tmp_path: Path
 ) -> None:
