@@ -140,10 +140,9 @@ def optimise(
             run.scaler.scale(loss / args.accum_steps).backward()
         outputs.append(output)
     run.scaler.unscale_(run.optimizer)
-    trained = [p for p in run.method.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.method.parameters() if p.grad is not None])
     if args.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(trained, args.clip_grad, norm)
+        torch.nn.utils.clip_grads_with_norm_(run.method.parameters(), args.clip_grad, norm)
     # With float16 an overflow of the scaled gradients is the scaler's daily business.
     go, bad = guard.close_step(None if run.scaler.is_enabled() else norm)
     meter.add(outputs, norm, go, bad)

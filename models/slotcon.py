@@ -44,20 +44,10 @@ class SlotCon(Method):
         add("--dim-hidden", type=count, default=4096, help="width of the MLP heads' hidden layers")
         add("--dim-out", type=count, default=256, help="width D of projections and prototypes")
         add("--num-prototypes", type=count, default=256, help="number K of prototypes; 2048 on ImageNet")
-        add(
-            "--teacher-momentum",
-            type=share,
-            default=0.99,
-            help="EMA at the start; a half cosine takes it to 1",
-        )
+        add("--teacher-momentum", type=share, default=0.99, help="EMA at the start; a half cosine takes it to 1")
         add("--teacher-temp", type=temperature, default=0.07, help="temperature of teacher and attention")
         add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
-        add(
-            "--center-momentum",
-            type=share,
-            default=0.9,
-            help="momentum of the centre of the teacher's scores",
-        )
+        add("--center-momentum", type=share, default=0.9, help="momentum of the centre of the teacher's scores")
         add("--group-loss-weight", type=share, default=0.5, help="lambda; the slot contrast weighs 1 - lambda")
         add("--contrast-temp", type=temperature, default=0.2, help="temperature tau of the slot contrast")
 

@@ -50,16 +50,18 @@ class SlotFA(SlotCon):
     def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
         terms = super()._terms(batch, student, teacher)
         if self.weights["loss_augmented"]:
+            slots = [view.grouped.scores.argmax(dim=1) for view in student]
             with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
-                scores = [self._augmented_scores(batch, number, view) for number, view in enumerate(student)]
+                scores = [
+                    self._augmented_scores(batch, number, view, slots[number]) for number, view in enumerate(student)
+                ]
                 terms["loss_augmented"] = self._distil(batch, scores, teacher)
-            moved = [new.argmax(dim=1) != view.grouped.scores.argmax(dim=1) for new, view in zip(scores, student)]
+            moved = [new.argmax(dim=1) != old for new, old in zip(scores, slots)]
             terms["assignments_moved"] = torch.stack(moved).float().mean()
         return terms
 
-    def _augmented_scores(self, batch: Batch, number: int, view: Seen) -> Tensor:
-        """Scores (B, K, H, W) of the student's view after each slot's features were augmented."""
-        assignment = view.grouped.scores.argmax(dim=1)
+    def _augmented_scores(self, batch: Batch, number: int, view: Seen, assignment: Tensor) -> Tensor:
+        """Scores (B, K, H, W) of the student's view after the features of each slot (B, H, W) were augmented."""
         source = view.projected if self.level == "projection" else view.encoded
         features = self.augmentation(source, assignment, batch.seed, batch.step, number)
         if self.level == "encoder":
