@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import main_pretrain
@@ -14,6 +15,12 @@ PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "coco_mini"
 
 TINY = ["--arch", "resnet18", "--image-size", "64", "--dim-hidden", "32", "--dim-out", "16", "--num-prototypes", "8"]
 TINY += ["--device", "cpu", "--num-workers", "0", "--batch-size", "8", "--epochs", "2", "--warmup-epoch", "1"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The networks of the tests are so small that threads would only wait for one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """models/losses.py and SlotCon's whole forward against the float64 reference."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +19,6 @@ from tests.reference.compare import gradient, relative_error
 from utils.batch import Batch
 
 Array = np.ndarray
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks here are so small that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def scores_of(rng: np.random.Generator, *shape: int) -> Tensor:
