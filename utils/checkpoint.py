@@ -1,14 +1,16 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
 import argparse
+import errno
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -16,25 +18,44 @@ from utils.errors import UsageError
 
 Weights = dict[str, Tensor]
 
+_ENCODERS = {
+    "teacher": ("encoder_k.", "momentum_encoder."),
+    "student": ("encoder_q.", "base_encoder."),
+    "only": ("encoder.", "backbone."),
+}
+"""Where files keep an encoder: the names of SlotCon's and SlotFA's files, then those of GTSA's."""
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to a temporary name beside `path`, then rename, so that `path` is never half a file.
+    """A checkpoint, whole or not at all.
 
     Raises:
         UsageError: the disk does not take it.
     """
+    try:
+        write_whole(path, lambda file: torch.save(state, file))
+    except OSError as error:
+        reason = f"--output-dir: {path} cannot be written ({error.strerror}); earlier checkpoints are whole"
+        raise UsageError(reason) from None
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write` to a temporary name beside `path`, then rename, so that `path` is never half a file.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left behind.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
-        reason = getattr(error, "strerror", None) or f"{free:.0f} MiB are free"
-        raise UsageError(f"--output-dir: {path} cannot be written ({reason}); earlier checkpoints are whole") from None
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+        raise OSError(errno.EIO, getattr(error, "strerror", None) or f"{free:.0f} MiB are free") from None
 
 
 def point_to(link: Path, target: Path) -> None:
@@ -51,12 +72,17 @@ def point_to(link: Path, target: Path) -> None:
 def load(path: Path | str, flag: str) -> dict[str, Any]:
     """Any checkpoint as it was saved, on the CPU: tensors, numbers, dicts, and the released files' Namespace.
 
+    A `.safetensors` file gives its tensors, and beside them its metadata.
+
     Raises:
         UsageError: naming `flag`, if the file is missing, truncated, or holds code (none of which runs).
     """
     if not Path(path).is_file():
         raise UsageError(f"{flag} {path}: no such file")
     try:
+        if Path(path).suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -79,14 +105,48 @@ def load_weights(path: Path | str, flag: str = "--init") -> Weights:
     Raises:
         UsageError: as `load`, or if there are no tensors in it.
     """
-    state: Mapping[str, Any] = load(path, flag)
+    return weights_in(load(path, flag), f"{flag} {path}")
+
+
+def weights_in(state: Mapping[str, Any], where: str) -> Weights:
+    """The weights in a loaded checkpoint: those under `model` or `state_dict` if it has such a part.
+
+    Raises:
+        UsageError: naming `where`, if there are no tensors in it.
+    """
     for container in ("model", "state_dict"):
         if isinstance(state.get(container), Mapping):
             state = state[container]
     weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if not weights:
-        raise UsageError(f"{flag} {path}: no weights in it")
+        raise UsageError(f"{where}: no weights in it")
     return weights
+
+
+def find_encoder(weights: Weights, first: str = "teacher") -> tuple[str, Weights]:
+    """The encoder in `weights`, without its prefix and without a classifier.
+
+    Args:
+        first: which to take of a file that holds both, `teacher` or `student`.
+
+    Returns:
+        Which it is, `teacher`, `student`, or `only` of a file that is one encoder, and its weights; both empty if
+        there is none.
+    """
+    bare = "conv1.weight" in weights or "patch_embed.proj.weight" in weights
+    for which in sorted(_ENCODERS, key=lambda name: (name == "only", name != first)):
+        for prefix in (*_ENCODERS[which], *([""] if which == "only" and bare else [])):
+            part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            part = {name: value for name, value in part.items() if not name.startswith(("fc.", "head."))}
+            if part:
+                return which, _with_counters(part)
+    return "", {}
+
+
+def _with_counters(part: Weights) -> Weights:
+    """`part` with the batch counters that batch norms in files of before torch 0.4 do not have."""
+    counters = [name.replace("running_mean", "num_batches_tracked") for name in part if name.endswith("running_mean")]
+    return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in part} | part
 
 
 def initialise(method: nn.Module, path: Path | str) -> list[str]:
@@ -119,14 +179,12 @@ def initialise(method: nn.Module, path: Path | str) -> list[str]:
 
 
 def _find_part(weights: Weights, name: str) -> Weights:
-    """The weights of part `name`: under its name, its twin's (`_q` and `_k`), or in a file that is one encoder."""
-    twin = name[:-2] + {"_q": "_k", "_k": "_q"}.get(name[-2:], name[-2:])
-    prefixes = [f"{name}.", f"{twin}."]
+    """The weights of part `name`, under its name or its twin's (`_q` and `_k`); an encoder wherever it is."""
     if name.startswith("encoder_"):
-        prefixes += ["encoder.", "backbone.", *([""] if "conv1.weight" in weights else [])]
-    for prefix in prefixes:
+        return find_encoder(weights, "teacher" if name == "encoder_k" else "student")[1]
+    twin = name[:-2] + {"_q": "_k", "_k": "_q"}.get(name[-2:], name[-2:])
+    for prefix in (f"{name}.", f"{twin}."):
         part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        part = {key: value for key, value in part.items() if not key.startswith("fc.")}
         if part:
             return part
     return {}

@@ -1,0 +1,148 @@
+"""An encoder out of any checkpoint: found, recognised by its shapes, complete, and with word of where it comes from."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.backbones import ARCHITECTURES, build_encoder
+from utils import checkpoint
+from utils.batch import MEAN, STD
+from utils.checkpoint import Weights
+from utils.errors import UsageError
+
+Shapes = dict[str, tuple[int, ...]]
+
+PROVENANCE = "provenance"
+"""The key under which a converted file tells where it comes from."""
+
+_VIT_NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder's weights, all of them and of the right shapes."""
+
+    weights: Weights
+    """float32 on the CPU, by torchvision's names (ResNets) or timm's (ViTs), without a classifier."""
+    arch: str
+    """torchvision's or timm's name, such as `resnet50`, `vit_small_patch16_224`."""
+    provenance: dict[str, Any]
+    """Source file and its SHA-256, method and epoch where it tells them, which encoder of it, and the input that it
+    wants: colour order, mean and standard deviation of levels 0..1."""
+
+
+def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
+    """The encoder in a checkpoint of this project, a released one, a backbone-only file, or torchvision's or timm's.
+
+    Args:
+        which: `teacher` or `student`; None for the teacher where there are both, else the one that there is.
+
+    Raises:
+        UsageError: the file is missing, damaged or holds code; it has no such encoder, or not a whole one.
+    """
+    if Path(path).is_file() and _is_detectron2(Path(path)):
+        raise UsageError(f"{path}: already converted to detectron2; give the checkpoint that it was made from")
+    state = checkpoint.load(path, "checkpoint")
+    found, weights = checkpoint.find_encoder(checkpoint.weights_in(state, f"checkpoint {path}"), which or "teacher")
+    if not weights:
+        raise UsageError(f"{path}: no encoder in it (looked for encoder_k., encoder_q. and bare ResNet or ViT names)")
+    if which and found != which:
+        raise UsageError(f"{path}: no {which} in it, its encoder is {_called(found)}; leave --encoder out to take it")
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    arch = recognise(weights, str(path))
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
+    provenance = _converted_from(state) or _told_by(state) | {
+        "arch": arch,
+        "encoder": found,
+        "source": Path(path).name,
+        "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "colour_order": "RGB",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+    return Encoder(weights, arch, provenance)
+
+
+def recognise(weights: Weights, where: str) -> str:
+    """The architecture that has exactly these names and shapes.
+
+    Raises:
+        UsageError: none has; it names the closest and the first misfit.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    candidates = {arch: resnet_shapes(arch) for arch in ARCHITECTURES} | _vit_candidate(shapes)
+    arch = max(candidates, key=lambda name: len(candidates[name].items() & shapes.items()))
+    expected = candidates[arch]
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
+            raise UsageError(f"{where}: {name} is missing, taken for a {arch}; the file is not whole")
+        if name not in expected:
+            raise UsageError(f"{where}: {name} has no place in a {arch}, the closest known architecture")
+        if shapes[name] != expected[name]:
+            raise UsageError(f"{where}: {name} is {shapes[name]}, and in a {arch}, the closest, {expected[name]}")
+    return arch
+
+
+@cache
+def resnet_shapes(arch: str) -> Shapes:
+    """Names and shapes of a torchvision ResNet's tensors, without its classifier."""
+    with torch.device("meta"):
+        encoder, _ = build_encoder(arch)
+    return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+
+
+def _vit_candidate(shapes: Shapes) -> dict[str, Shapes]:
+    """The ViT of timm that has this patch embedding and depth, if it is one that timm names."""
+    if len(embedding := shapes.get("patch_embed.proj.weight", ())) != 4:
+        return {}
+    width, _, patch, _ = embedding
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    if width not in _VIT_NAMES or depth != (24 if _VIT_NAMES[width] == "large" else 12):
+        return {}
+    return {f"vit_{_VIT_NAMES[width]}_patch{patch}_224": vit_shapes(width, depth, patch)}
+
+
+def vit_shapes(width: int, depth: int, patch: int) -> Shapes:
+    """Names and shapes of timm's ViT for 224 px with a class token, without its classifier."""
+    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    linears |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    parts: Shapes = {"patch_embed.proj": (width, 3, patch, patch), "norm": (width,)}
+    for block in range(depth):
+        parts |= {f"blocks.{block}.{name}": shape for name, shape in linears.items()}
+        parts |= {f"blocks.{block}.norm{number}": (width,) for number in (1, 2)}
+    shapes: Shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + (224 // patch) ** 2, width)}
+    for name, shape in parts.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def _converted_from(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance that a converted file carries (`.safetensors` as JSON); empty for others."""
+    carried = state.get(PROVENANCE)
+    return dict(json.loads(carried) if isinstance(carried, str) else carried or {})
+
+
+def _told_by(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Method and epoch, as far as a checkpoint tells them."""
+    args = state.get("args")
+    told = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    told = {"method": told.get("method"), "epoch": state.get("epoch")}
+    return {name: value for name, value in told.items() if isinstance(value, (str, int))}
+
+
+def _is_detectron2(path: Path) -> bool:
+    """Whether a file holds detectron2's names; looked for as bytes, for its format is a pickle that could hold code."""
+    return path.suffix == ".pkl" and b"stem.conv1" in path.read_bytes()
+
+
+def _called(found: str) -> str:
+    return "the only one, neither teacher nor student" if found == "only" else f"the {found}"

@@ -1,0 +1,132 @@
+"""The files that other frameworks read: their names for a tensor, and how they are written and read back."""
+
+import io
+import json
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from transfer.encoders import PROVENANCE, Encoder
+from utils import checkpoint
+from utils.checkpoint import Weights
+from utils.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a framework keeps an encoder."""
+
+    write: Callable[[BinaryIO, Weights, dict[str, Any]], object]
+    """Weights under the framework's names and their provenance, into an open file."""
+    vits: bool = False
+    """Whether it takes ViTs under timm's names as well as ResNets."""
+    rename: Callable[[str], str] = str
+    """torchvision's name of a ResNet's tensor -> the framework's."""
+
+
+def detectron2_name(name: str) -> str:
+    """torchvision's name of a ResNet's tensor -> detectron2's, below `backbone.bottom_up.`.
+
+    `layer1.0.conv1.weight` -> `res2.0.conv1.weight`, `layer1.0.bn1.bias` -> `res2.0.conv1.norm.bias`,
+    `layer1.0.downsample.0.weight` -> `res2.0.shortcut.weight`, `bn1.weight` -> `stem.conv1.norm.weight`.
+    """
+    stage = re.match(r"layer(\d)\.", name)
+    name = f"res{int(stage[1]) + 1}.{name[stage.end() :]}" if stage else f"stem.{name}"
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    return re.sub(r"bn(\d)\.", r"conv\1.norm.", name)
+
+
+def torchvision_name(name: str) -> str:
+    """detectron2's name of a ResNet's tensor -> torchvision's; the inverse of `detectron2_name`."""
+    name = name.removeprefix("stem.").replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name)
+    return re.sub(r"^res(\d)\.", lambda stage: f"layer{int(stage[1]) - 1}.", name)
+
+
+def _write_torch(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
+    torch.save({"state_dict": weights, PROVENANCE: provenance}, file)
+
+
+def _write_safetensors(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
+    whole = {name: value.contiguous() for name, value in weights.items()}
+    file.write(safetensors.torch.save(whole, metadata={"format": "pt", PROVENANCE: json.dumps(provenance)}))
+
+
+def _write_detectron2(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
+    # `matching_heuristics` lets detectron2 find its own `backbone.bottom_up.` (FPN) or `backbone.` (C4) for each name.
+    model = {name: value.numpy() for name, value in weights.items()}
+    state = {"model": model, "__author__": "slot pre-training", "matching_heuristics": True, PROVENANCE: provenance}
+    pickle.dump(state, file, protocol=4)
+
+
+FORMATS = {
+    "torchvision": Format(_write_torch),
+    "timm": Format(_write_torch, vits=True),
+    "detectron2": Format(_write_detectron2, rename=detectron2_name),
+    "mmseg": Format(_write_torch),
+    "safetensors": Format(_write_safetensors, vits=True),
+}
+
+
+def write(path: Path, encoder: Encoder, target: str) -> None:
+    """Write `encoder` for the framework `target`, one of FORMATS, whole or not at all.
+
+    Raises:
+        UsageError: the framework has no such architecture, or the disk does not take the file.
+    """
+    form = FORMATS[target]
+    if encoder.arch.startswith("vit") and not form.vits:
+        names = ", ".join(name for name, other in FORMATS.items() if other.vits)
+        raise UsageError(f"a {encoder.arch} has no {target} form here; choose another with --to ({names})")
+    weights = {form.rename(name): value.contiguous() for name, value in encoder.weights.items()}
+    try:
+        checkpoint.write_whole(path, lambda file: form.write(file, weights, encoder.provenance | {"format": target}))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Reads dicts, strings, numbers and NumPy arrays; anything else in a pickle would run as code."""
+
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+    }
+    _ARRAY = np.zeros(1).__reduce__()[0]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return self._ARRAY
+        if (module, name) in self._ALLOWED:
+            return self._ALLOWED[module, name]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def read_detectron2(path: Path) -> dict[str, Any]:
+    """What a detectron2 `.pkl` holds, of which no code runs: `model` by detectron2's names, and what lies beside it.
+
+    Raises:
+        UsageError: it is missing, truncated, holds code, or is no detectron2 file.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        state = _TensorsOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"{path}: refused, it holds more than arrays ({error}), or is no detectron2 file") from None
+    except Exception:  # a damaged pickle raises whatever its reader stumbles over
+        raise UsageError(f"{path}: truncated or no detectron2 file; convert the checkpoint again") from None
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(value, np.ndarray) for value in model.values()):
+        raise UsageError(f"{path}: no detectron2 file; make one with transfer/detection/convert_pretrain_to_d2.py")
+    return state
