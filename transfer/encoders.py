@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.backbones import ARCHITECTURES, build_encoder
 from utils import checkpoint
@@ -76,20 +77,29 @@ def recognise(weights: Weights, where: str) -> str:
     """The architecture that has exactly these names and shapes.
 
     Raises:
-        UsageError: none has; it names the closest and the first misfit.
+        UsageError: none has; it names the closest one and the first difference.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     candidates = {arch: resnet_shapes(arch) for arch in ARCHITECTURES} | _vit_candidate(shapes)
     arch = max(candidates, key=lambda name: len(candidates[name].items() & shapes.items()))
     expected = candidates[arch]
-    for name in sorted(expected.keys() | shapes.keys()):
-        if name not in shapes:
-            raise UsageError(f"{where}: {name} is missing, taken for a {arch}; the file is not whole")
-        if name not in expected:
-            raise UsageError(f"{where}: {name} has no place in a {arch}, the closest known architecture")
-        if shapes[name] != expected[name]:
-            raise UsageError(f"{where}: {name} is {shapes[name]}, and in a {arch}, the closest, {expected[name]}")
+    if first := misfit(weights, expected):
+        raise UsageError(f"{where}: not a whole {arch}, the closest known architecture ({first})")
     return arch
+
+
+def misfit(weights: Weights, expected: Mapping[str, Tensor | tuple[int, ...]]) -> str:
+    """The first difference in names and shapes, in words; empty if there is none."""
+    for name in sorted(weights.keys() | expected.keys()):
+        if name not in weights:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} has no place in it"
+        there, wanted = tuple(weights[name].shape), expected[name]
+        wanted = tuple(wanted.shape if isinstance(wanted, Tensor) else wanted)
+        if there != wanted:
+            return f"{name} is {there} and should be {wanted}"
+    return ""
 
 
 @cache

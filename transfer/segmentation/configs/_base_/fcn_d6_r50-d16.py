@@ -1,0 +1,9 @@
+"""MoCo's FCN (arXiv 1911.05722): stride 16, two convolutions of 256 channels and dilation 6, no auxiliary head."""
+
+_base_ = "./fcn_r50-d8.py"
+model = dict(
+    data_preprocessor=dict(size=(513, 513)),
+    backbone=dict(dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1)),
+    decode_head=dict(channels=256, concat_input=False, dropout_ratio=0, dilation=6, align_corners=True),
+    auxiliary_head=None,
+)

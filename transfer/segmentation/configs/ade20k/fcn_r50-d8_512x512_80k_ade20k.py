@@ -1,0 +1,10 @@
+"""ADE20K with mmsegmentation's usual FCN: stride 8, auxiliary head, 80k steps of 16 images."""
+
+_base_ = ["../_base_/fcn_r50-d8.py", "../_base_/ade20k_512x512.py", "../_base_/default_runtime.py"]
+model = dict(decode_head=dict(num_classes=150), auxiliary_head=dict(num_classes=150))
+
+optim_wrapper = dict(
+    type="OptimWrapper", optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=0.0005), clip_grad=None
+)
+param_scheduler = [dict(type="PolyLR", eta_min=1e-4, power=0.9, begin=0, end=80000, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=80000, val_interval=10000)

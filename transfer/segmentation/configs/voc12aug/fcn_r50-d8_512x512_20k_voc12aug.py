@@ -1,0 +1,10 @@
+"""PASCAL VOC with mmsegmentation's usual FCN: stride 8, auxiliary head, 20k steps of 16 images."""
+
+_base_ = ["../_base_/fcn_r50-d8.py", "../_base_/voc12aug_512x512.py", "../_base_/default_runtime.py"]
+model = dict(decode_head=dict(num_classes=21), auxiliary_head=dict(num_classes=21))
+
+optim_wrapper = dict(
+    type="OptimWrapper", optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=0.0005), clip_grad=None
+)
+param_scheduler = [dict(type="PolyLR", eta_min=1e-4, power=0.9, begin=0, end=20000, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=20000, val_interval=5000)

@@ -1,0 +1,125 @@
+"""What training and testing share: a config made fit for the data, the GPUs and the folders at hand."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils import arguments, distributed
+from utils.checkpoint import write_whole
+from utils.device import loader_workers
+from utils.errors import UsageError
+
+FOLDER = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("SEGMENTATION_DATA", FOLDER / "data"))
+"""Holds `VOCdevkit`, `cityscapes` and `ade`, or links to them."""
+
+_INSTALL = "pip install -r transfer/requirements-segmentation.txt"
+
+
+def import_mmseg() -> None:
+    """mmsegmentation and what it stands on, with all their parts registered.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    try:
+        import_module("mmseg.utils").register_all_modules()
+    except Exception as error:  # versions that do not fit one another fail with whatever they stumble over
+        reason = " ".join(str(error).split())
+        raise UsageError(f"mmsegmentation cannot be imported ({reason}); {_INSTALL}") from None
+    history = import_module("mmengine.logging.history_buffer").HistoryBuffer
+    parts = [history, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType, np.zeros(1).__reduce__()[0]]
+    # A run's checkpoints hold the histories of its losses: with these they load without running code.
+    torch.serialization.add_safe_globals(parts)
+
+
+def make_parser(description: str, takes: str, said: str) -> argparse.ArgumentParser:
+    """The flags of both commands; `takes` is the second argument's name."""
+    from mmengine.config import DictAction
+
+    class Options(DictAction):
+        def __call__(self, parser: argparse.ArgumentParser, *words: Any) -> None:
+            try:
+                super().__call__(parser, *words)
+            except ValueError:
+                parser.error("--cfg-options: wants KEY=VALUE, as in train_cfg.max_iters=100")
+
+    parser = arguments.make_parser(description)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
+    parser.add_argument(takes.lower(), metavar=takes, type=Path, help=said)
+    parser.add_argument("--work-dir", type=Path, help="for logs, checkpoints, results.json (work_dirs/CONFIG's name)")
+    said = "change the config, as in `train_cfg.max_iters=100`"
+    parser.add_argument("--cfg-options", nargs="+", action=Options, default={}, metavar="KEY=VALUE", help=said)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Any:
+    """The config of `args`, changed as asked, for this machine.
+
+    Raises:
+        UsageError: it cannot be read, its data is not linked, or its batch does not divide over the GPUs.
+    """
+    from mmengine.config import Config
+
+    if not args.config.is_file():
+        raise UsageError(f"{args.config}: no such config; they lie in transfer/segmentation/configs")
+    try:
+        config = Config.fromfile(str(args.config))
+        config.merge_from_dict(args.cfg_options)
+    except Exception as error:  # a config is Python: it raises whatever its author wrote
+        raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
+    config.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
+    config.launcher = "pytorch" if distributed.world_size() > 1 else "none"
+    _find_data(config)
+    _spread(config)
+    return config
+
+
+def _find_data(config: Any) -> None:
+    """Make the data sets' folders absolute, and see that all they name is there."""
+    for dataset in _datasets([config.train_dataloader, config.val_dataloader, config.test_dataloader]):
+        root = Path(dataset.data_root)
+        if root.parts[0] == "data":
+            root = DATA.joinpath(*root.parts[1:])
+        dataset.data_root = str(root)
+        for part in (*dataset.data_prefix.values(), dataset.get("ann_file", "")):
+            if not (root / part).exists():
+                raise UsageError(f"{root / part}: not there; link the data below {DATA} as transfer/README.md shows")
+
+
+def _datasets(parts: Any) -> Iterator[Any]:
+    """All data sets in loaders, also those inside others (ConcatDataset, RepeatDataset)."""
+    for part in parts if isinstance(parts, Sequence) else [parts]:
+        if "data_root" in part:
+            yield part
+        for name in ("dataset", "datasets"):
+            if name in part:
+                yield from _datasets(part[name])
+
+
+def _spread(config: Any) -> None:
+    """Each GPU's share of the batch (`auto_scale_lr.base_batch_size`), and each loader's of the cores."""
+    processes, gpus = distributed.world_size(), torch.cuda.device_count()
+    if processes > 1 and distributed.local_world_size() > gpus:
+        raise UsageError(f"{distributed.local_world_size()} GPUs asked for, {gpus} here; 0 trains on the CPU")
+    total = config.auto_scale_lr.base_batch_size
+    if total % processes:
+        raise UsageError(f"a batch of {total} cannot be shared by {processes} GPUs; use a number that divides it")
+    config.train_dataloader.batch_size = total // processes
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.num_workers = loader_workers(loader.num_workers) if loader.num_workers else 0
+        loader.persistent_workers = loader.num_workers > 0
+
+
+def write_results(folder: str, step: int, metrics: dict[str, float], pretrained: dict[str, Any]) -> None:
+    """`results.json` in `folder`: the step, metrics in per cent (null where undefined), and the encoder's origin."""
+    values = {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
+    text = json.dumps({"step": step, "metrics": values, "pretrained": pretrained}, indent=2) + "\n"
+    write_whole(Path(folder) / "results.json", lambda file: file.write(text.encode()))

@@ -1,0 +1,106 @@
+"""Fine-tune a converted encoder with mmsegmentation: `mim_dist_train.sh CONFIG PRETRAINED GPUS` calls this."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transfer.encoders import PROVENANCE, misfit
+from transfer.segmentation import runs
+from utils import checkpoint, distributed
+from utils.checkpoint import Weights
+from utils.errors import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: mistakes of the user end in one line and exit status 2."""
+    try:
+        runs.import_mmseg()
+        train(_parse_args(argv))
+    except UsageError as error:
+        distributed.exit_with(str(error))
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = runs.make_parser(
+        "Fine-tune a converted encoder with mmsegmentation.", "PRETRAINED", "what convert_pretrain_to_mm.py wrote"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --work-dir")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn by chance")
+    return parser.parse_args(argv)
+
+
+def train(args: argparse.Namespace) -> None:
+    """One run, from its start or from where it stopped, with the evaluations of its config.
+
+    Raises:
+        UsageError: before anything is written.
+    """
+    from mmengine.runner import Runner
+
+    config = runs.load_config(args)
+    weights, provenance = read_pretrained(args.pretrained, config)
+    config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(args.pretrained)}
+    config.randomness = {"seed": args.seed}
+    config.resume = args.resume
+    if not args.resume and (Path(config.work_dir) / "last_checkpoint").exists():
+        raise UsageError(f"--work-dir {config.work_dir}: holds a run; --resume goes on with it, or use another folder")
+    runner = Runner.from_cfg(config)
+    for hook in _hooks(weights, provenance):
+        runner.register_hook(hook)
+    runner.train()
+
+
+def read_pretrained(path: Path, config: Any) -> tuple[Weights, dict[str, Any]]:
+    """The weights in a converted file, all of them the config's backbone's, and where they come from.
+
+    Raises:
+        UsageError: they are not; mmsegmentation would print that and train on a random backbone.
+    """
+    from mmseg.registry import MODELS
+
+    state = checkpoint.load(path, "PRETRAINED")
+    weights = checkpoint.weights_in(state, f"PRETRAINED {path}")
+    with torch.device("meta"):
+        backbone = MODELS.build({**config.model.backbone, "init_cfg": None})
+    if first := misfit(weights, backbone.state_dict()):
+        wanted = f"{config.model.backbone.type}{config.model.backbone.get('depth', '')}"
+        cure = "convert one of this architecture with transfer/segmentation/convert_pretrain_to_mm.py"
+        raise UsageError(f"PRETRAINED {path}: not the config's backbone, a {wanted} ({first}); {cure}")
+    return weights, dict(state.get(PROVENANCE) or {})
+
+
+def _hooks(weights: Weights, provenance: dict[str, Any]) -> list[Any]:
+    from mmengine.hooks import Hook
+    from mmengine.model import is_model_wrapper
+
+    class BackboneIsPretrained(Hook):
+        """Stops a run whose backbone is not `weights`, whatever the framework made of them."""
+
+        def before_train(self, runner: Any) -> None:
+            if runner.iter > 0:
+                return
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            there = {name: value.cpu() for name, value in model.backbone.state_dict().items()}
+            equal = sum(torch.equal(value, weights[name]) for name, value in there.items())
+            runner.logger.info(f"{equal} of {len(there)} backbone tensors are those of PRETRAINED")
+            if equal < len(there):
+                raise UsageError(f"{len(there) - equal} backbone tensors are not PRETRAINED's; nothing was trained")
+
+    class WriteResults(Hook):
+        """`results.json`, after every evaluation."""
+
+        def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+            if runner.rank == 0 and metrics:
+                runs.write_results(runner.work_dir, runner.iter, metrics, provenance)
+
+    return [BackboneIsPretrained(), WriteResults()]
+
+
+if __name__ == "__main__":
+    main()
