@@ -107,11 +107,11 @@ def _datasets(parts: Any) -> Iterator[Any]:
 def _spread(config: Any) -> None:
     """Each GPU's share of the batch (`auto_scale_lr.base_batch_size`), and each loader's of the cores."""
     processes, gpus = distributed.world_size(), torch.cuda.device_count()
-    if processes > 1 and distributed.local_world_size() > gpus:
-        raise UsageError(f"{distributed.local_world_size()} GPUs asked for, {gpus} here; 0 trains on the CPU")
     total = config.auto_scale_lr.base_batch_size
     if total % processes:
         raise UsageError(f"a batch of {total} cannot be shared by {processes} GPUs; use a number that divides it")
+    if processes > 1 and distributed.local_world_size() > gpus:
+        raise UsageError(f"{distributed.local_world_size()} GPUs asked for, {gpus} here; 0 trains on the CPU")
     config.train_dataloader.batch_size = total // processes
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.num_workers = loader_workers(loader.num_workers) if loader.num_workers else 0
