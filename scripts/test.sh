@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Format, lint, types and all tests, in the quickstart's environment plus the development tools.
-#   ./scripts/test.sh [more flags of pytest]
+#   ./scripts/test.sh [--full] [more flags of pytest]      --full adds the tests that train for minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-install requirements.txt tests/requirements.txt
+install requirements.txt tests/requirements.txt transfer/requirements-segmentation.txt
+
+MARKS=(-m "not full")
+if [ "${1:-}" = --full ]; then
+    MARKS=()
+    shift
+fi
 
 ruff format --check .
 ruff check .
 mypy
-OMP_NUM_THREADS=1 pytest --numprocesses 2 "$@"
+OMP_NUM_THREADS=1 pytest --numprocesses 2 "${MARKS[@]}" "$@"

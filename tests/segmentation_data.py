@@ -69,4 +69,4 @@ def small(config: Path, iterations: int = 3) -> list[str]:
     options += [f"model.data_preprocessor.size=({SIZE},{SIZE})", "train_dataloader.num_workers=0"]
     options += ["auto_scale_lr.base_batch_size=2", "default_hooks.logger.interval=1"]
     options += [f"train_cfg.max_iters={iterations}", f"train_cfg.val_interval={iterations}"]
-    return ["--cfg-options", *options, "default_hooks.checkpoint.interval=1"]
+    return ["--cfg-options", *options, f"default_hooks.checkpoint.interval={iterations}"]

@@ -72,6 +72,15 @@ def test_each_config_trains_from_a_converted_encoder_and_resumes(
     assert [entry["iter"] for entry in scalars(folder) if "loss" in entry] == [1, 2, 3]
 
 
+@pytest.mark.full
+def test_a_hundred_steps_lower_the_loss(pretrained: tuple[Path, Weights], tmp_path: Path) -> None:
+    config = FOLDER / "configs/ade20k/fcn_r50-d8_512x512_80k_ade20k.py"
+    train.main([str(config), str(pretrained[0]), "--work-dir", str(tmp_path), *small(config, 100)])
+    losses = [entry["loss"] for entry in scalars(tmp_path) if "loss" in entry]
+    assert len(losses) == 100
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
 def test_the_published_commands_train_and_test_on_the_cpu_from_any_folder(
     pretrained: tuple[Path, Weights], data: Path, tmp_path: Path
 ) -> None:

@@ -1,9 +1,12 @@
 """What training and testing share: a config made fit for the data, the GPUs and the folders at hand."""
 
 import argparse
+import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,10 @@ def import_mmseg() -> None:
         UsageError: it cannot be imported.
     """
     try:
-        import_module("mmseg.utils").register_all_modules()
+        # It prints and warns of compiled operators that nothing here uses.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            import_module("mmseg.utils").register_all_modules()
     except Exception as error:  # versions that do not fit one another fail with whatever they stumble over
         reason = " ".join(str(error).split())
         raise UsageError(f"mmsegmentation cannot be imported ({reason}); {_INSTALL}") from None
@@ -56,7 +62,7 @@ def make_parser(description: str, takes: str, said: str) -> argparse.ArgumentPar
     parser.add_argument(takes.lower(), metavar=takes, type=Path, help=said)
     parser.add_argument("--work-dir", type=Path, help="for logs, checkpoints, results.json (work_dirs/CONFIG's name)")
     said = "change the config, as in `train_cfg.max_iters=100`"
-    parser.add_argument("--cfg-options", nargs="+", action=Options, default={}, metavar="KEY=VALUE", help=said)
+    parser.add_argument("--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help=said)
     return parser
 
 
@@ -72,7 +78,7 @@ def load_config(args: argparse.Namespace) -> Any:
         raise UsageError(f"{args.config}: no such config; they lie in transfer/segmentation/configs")
     try:
         config = Config.fromfile(str(args.config))
-        config.merge_from_dict(args.cfg_options)
+        config.merge_from_dict(args.cfg_options or {})
     except Exception as error:  # a config is Python: it raises whatever its author wrote
         raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
     config.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
