@@ -225,7 +225,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert "cannot be read" in mistake([str(tmp_path / "broken.py"), *argv[1:]], capsys, train.main)
     assert "KEY=VALUE" in mistake([*argv[:4], "--cfg-options", "no_value"], capsys, train.main)
     assert "no such file" in mistake([argv[0], "nowhere.pth", *argv[2:4]], capsys, test.main)
-    assert "not a model of" in mistake([*argv[:2], "--work-dir", str(tmp_path / "test")], capsys, test.main)
+    assert "not a checkpoint of a fine-tuning" in mistake(argv[:4], capsys, test.main)
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "cannot be shared by 3 GPUs" in mistake([*argv[:4]], capsys, train.main)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -235,6 +235,30 @@ def test_mistakes_are_one_line_and_write_nothing(
     monkeypatch.setattr(runs, "DATA", tmp_path / "nothing")
     assert "link the data" in mistake(argv, capsys, train.main)
     assert not folder.exists()
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_testing_runs_no_code_of_a_checkpoint_and_names_what_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = tmp_path / "iter_2.pth", tmp_path / "run"
+    state = {"state_dict": resnet18(), "meta": {"iter": 2}, "message_hub": Payload(tmp_path / "ran")}
+    torch.save(state, path)
+    line = mistake([str(CONFIGS[0]), str(path), "--work-dir", str(run)], capsys, test.main)
+    assert "not a model of" in line
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert "truncated" in mistake([str(CONFIGS[0]), str(path), "--work-dir", str(run)], capsys, test.main)
+    assert not (tmp_path / "ran").exists()
+    assert not run.exists()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(

@@ -40,10 +40,6 @@ def import_mmseg() -> None:
     except Exception as error:  # versions that do not fit one another fail with whatever they stumble over
         reason = " ".join(str(error).split())
         raise UsageError(f"mmsegmentation cannot be imported ({reason}); {_INSTALL}") from None
-    history = import_module("mmengine.logging.history_buffer").HistoryBuffer
-    parts = [history, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType, np.zeros(1).__reduce__()[0]]
-    # A run's checkpoints hold the histories of its losses: with these they load without running code.
-    torch.serialization.add_safe_globals(parts)
 
 
 def make_parser(description: str, takes: str, said: str) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Fine-tune a converted encoder with mmsegmentation: `mim_dist_train.sh CONFIG PRETRAINED GPUS` calls this."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ def train(args: argparse.Namespace) -> None:
     config.resume = args.resume
     if not args.resume and (Path(config.work_dir) / "last_checkpoint").exists():
         raise UsageError(f"--work-dir {config.work_dir}: holds a run; --resume goes on with it, or use another folder")
+    if args.resume:
+        # mmengine keeps pickled loss histories in a run's own checkpoints; torch's safe reader refuses them.
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     runner = Runner.from_cfg(config)
     for hook in _hooks(weights, provenance):
         runner.register_hook(hook)
