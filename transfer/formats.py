@@ -1,20 +1,19 @@
 """The files that other frameworks read: their names for a tensor, and how they are written and read back."""
 
-import io
 import json
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from transfer.encoders import PROVENANCE, Encoder
+from transfer.pickles import read_pickle
 from utils import checkpoint
 from utils.checkpoint import Weights
 from utils.errors import UsageError
@@ -93,40 +92,14 @@ def write(path: Path, encoder: Encoder, target: str) -> None:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-class _TensorsOnly(pickle.Unpickler):
-    """Reads dicts, strings, numbers and NumPy arrays; anything else in a pickle would run as code."""
-
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-    }
-    _ARRAY = np.zeros(1).__reduce__()[0]
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return self._ARRAY
-        if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
 def read_detectron2(path: Path) -> dict[str, Any]:
-    """What a detectron2 `.pkl` holds, of which no code runs: `model` by detectron2's names, and what lies beside it.
+    """What a converted detectron2 `.pkl` holds, of which no code runs: `model`, arrays by its names, and provenance.
 
     Raises:
-        UsageError: it is missing, truncated, holds code, or is no detectron2 file.
+        UsageError: it is missing, damaged, holds code, or has no such arrays.
     """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    try:
-        state = _TensorsOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"{path}: refused, it holds more than arrays ({error}), or is no detectron2 file") from None
-    except Exception:  # a damaged pickle raises whatever its reader stumbles over
-        raise UsageError(f"{path}: truncated or no detectron2 file; convert the checkpoint again") from None
-    model = state.get("model") if isinstance(state, dict) else None
+    state = read_pickle(path, "converted")
+    model = state.get("model")
     if not isinstance(model, dict) or not all(isinstance(value, np.ndarray) for value in model.values()):
         raise UsageError(f"{path}: no detectron2 file; make one with transfer/detection/convert_pretrain_to_d2.py")
     return state

@@ -122,6 +122,6 @@ def _spread(config: Any) -> None:
 
 def write_results(folder: str, step: int, metrics: dict[str, float], pretrained: dict[str, Any]) -> None:
     """`results.json` in `folder`: the step, metrics in per cent (null where undefined), and the encoder's origin."""
-    values = {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
+    values = {name: round(float(value), 4) if np.isfinite(value) else None for name, value in metrics.items()}
     text = json.dumps({"step": step, "metrics": values, "pretrained": pretrained}, indent=2) + "\n"
     write_whole(Path(folder) / "results.json", lambda file: file.write(text.encode()))
