@@ -165,7 +165,8 @@ def _rows(args: argparse.Namespace, name: str, reason: str, failed: list[tuple[s
         row: dict[str, Any] = {"task": name, "title": TASKS[name].title, "metric": metric, "values": values}
         row |= {"mean": statistics.fmean(values) if values else None}
         row |= {"deviation": statistics.stdev(values) if len(values) > 1 else None}
-        rows.append(row | {"published": PUBLISHED.get((name, metric)), "note": reason})
+        note = reason or ("" if values else "nothing to score: the model predicts nothing")
+        rows.append(row | {"published": PUBLISHED.get((name, metric)), "note": note})
     return rows
 
 

@@ -1,6 +1,7 @@
 """Does a converted encoder compute what its source does: both see one image, through the framework's own network."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,9 @@ def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> 
     }
     if target == "timm" or (target in frameworks and arch in _DEPTHS):
         try:
-            return frameworks[target](path, arch), f"{target}'s network"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what the frameworks themselves stand on
+                return frameworks[target](path, arch), f"{target}'s network"
         except ImportError:
             return _own_network(arch, weights), f"this project's network ({target} is not installed)"
     return _own_network(arch, weights), "this project's network"
