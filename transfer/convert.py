@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transfer.encoders import Encoder, read_encoder
 from transfer.formats import FORMATS, write
-from transfer.verify import verify
+from transfer.verify import load_image, verify
 from utils import arguments, distributed
 from utils.errors import UsageError
 
@@ -48,16 +48,23 @@ def convert(args: argparse.Namespace) -> None:
     Raises:
         UsageError: IN has no whole encoder, OUT cannot be written or is there already, or they differ.
     """
-    if args.overwrite or not args.output.exists():
+    image = None if args.verify is None else load_image(Path(args.verify) if args.verify else None)
+    if args.overwrite or not _exists(args.output):
         encoder = read_encoder(args.input, args.encoder)
         _check_output(args, encoder)
         write(args.output, encoder, args.to)
         print(f"{args.output}: {_describe(encoder)}, for {args.to}")
     elif args.verify is None:
         raise UsageError(f"{args.output}: exists; --overwrite replaces it, --verify compares it with {args.input}")
-    if args.verify is not None:
-        image = Path(args.verify) if args.verify else None
+    if image is not None:
         print(f"verified: {verify(args.input, args.output, args.encoder, image)}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _check_output(args: argparse.Namespace, encoder: Encoder) -> None:
@@ -66,6 +73,8 @@ def _check_output(args: argparse.Namespace, encoder: Encoder) -> None:
         raise UsageError(f"{args.output}: {args.to} knows its files by their name; call it {args.output.stem}{suffix}")
     if not suffix and args.output.suffix in _BY_SUFFIX:
         raise UsageError(f"{args.output}: a {args.to} file of another's name; call it {args.output.stem}.pth")
+    if args.output.exists() and args.output.samefile(args.input):
+        raise UsageError(f"{args.output}: is IN itself; its training would be lost, give another name")
     if not args.output.parent.is_dir():
         raise UsageError(f"{args.output}: its folder {args.output.parent} does not exist; make it first")
     if converted := encoder.provenance.get("format"):

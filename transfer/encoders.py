@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,16 @@ Shapes = dict[str, tuple[int, ...]]
 PROVENANCE = "provenance"
 """The key under which a converted file tells where it comes from."""
 
-_VIT_NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+_VITS = {
+    (192, 12): ("tiny", (16,)),
+    (384, 12): ("small", (8, 16, 32)),
+    (768, 12): ("base", (8, 16, 32)),
+    (1024, 24): ("large", (14, 16, 32)),
+}
+"""Width and depth -> timm's name, and the patches that it has weights or models for."""
+
+
+_KNOWN_BY = ("format", "source", "encoder", "source_sha256")
 
 
 @dataclass(frozen=True)
@@ -48,20 +58,28 @@ def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
     Raises:
         UsageError: the file is missing, damaged or holds code; it has no such encoder, or not a whole one.
     """
-    if Path(path).is_file() and _is_detectron2(Path(path)):
-        raise UsageError(f"{path}: already converted to detectron2; give the checkpoint that it was made from")
-    state = checkpoint.load(path, "checkpoint")
+    try:
+        state = checkpoint.load(path, "checkpoint")
+    except UsageError:
+        if Path(path).suffix == ".pkl" and os.access(path, os.R_OK) and _is_detectron2(Path(path)):
+            message = f"{path}: already converted to detectron2; give the checkpoint that it was made from"
+            raise UsageError(message) from None
+        raise
     found, weights = checkpoint.find_encoder(checkpoint.weights_in(state, f"checkpoint {path}"), which or "teacher")
     if not weights:
-        raise UsageError(f"{path}: no encoder in it (looked for encoder_k., encoder_q. and bare ResNet or ViT names)")
+        raise UsageError(
+            f"{path}: no encoder in it (looked for encoder_k., encoder_q., momentum_encoder., base_encoder., "
+            "encoder., backbone. and bare names of ResNets and ViTs)"
+        )
     if which and found != which:
         raise UsageError(f"{path}: no {which} in it, its encoder is {_called(found)}; leave --encoder out to take it")
-    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    # Copies: a tensor may be a view of a larger one, or shared.
+    weights = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in weights.items()}
     arch = recognise(weights, str(path))
     for name, value in weights.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
-    provenance = _converted_from(state) or _told_by(state) | {
+    provenance = converted_from(state) or _told_by(state) | {
         "arch": arch,
         "encoder": found,
         "source": Path(path).name,
@@ -116,9 +134,8 @@ def _vit_candidate(shapes: Shapes) -> dict[str, Shapes]:
         return {}
     width, _, patch, _ = embedding
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    if width not in _VIT_NAMES or depth != (24 if _VIT_NAMES[width] == "large" else 12):
-        return {}
-    return {f"vit_{_VIT_NAMES[width]}_patch{patch}_224": vit_shapes(width, depth, patch)}
+    name, patches = _VITS.get((width, depth), ("", ()))
+    return {f"vit_{name}_patch{patch}_224": vit_shapes(width, depth, patch)} if patch in patches else {}
 
 
 def vit_shapes(width: int, depth: int, patch: int) -> Shapes:
@@ -135,10 +152,16 @@ def vit_shapes(width: int, depth: int, patch: int) -> Shapes:
     return shapes
 
 
-def _converted_from(state: Mapping[str, Any]) -> dict[str, Any]:
+def converted_from(state: Mapping[str, Any]) -> dict[str, Any]:
     """The provenance that a converted file carries (`.safetensors` as JSON); empty for others."""
     carried = state.get(PROVENANCE)
-    return dict(json.loads(carried) if isinstance(carried, str) else carried or {})
+    if isinstance(carried, str):
+        try:
+            carried = json.loads(carried)
+        except ValueError:
+            return {}
+    known = isinstance(carried, Mapping) and all(isinstance(carried.get(name), str) for name in _KNOWN_BY)
+    return dict(carried) if known and isinstance(carried, Mapping) else {}
 
 
 def _told_by(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +174,7 @@ def _told_by(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_detectron2(path: Path) -> bool:
     """Whether a file holds detectron2's names; looked for as bytes, for its format is a pickle that could hold code."""
-    return path.suffix == ".pkl" and b"stem.conv1" in path.read_bytes()
+    return path.is_file() and b"stem.conv1" in path.read_bytes()
 
 
 def _called(found: str) -> str:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transfer.encoders import Encoder, read_encoder
 from transfer.formats import write
 from transfer.tasks import FOLDER, PUBLISHED, TASKS
-from transfer.verify import verify
+from transfer.verify import load_image, verify
 from utils import arguments, checkpoint, distributed
 from utils.errors import UsageError
 
@@ -103,7 +103,9 @@ def _convert(args: argparse.Namespace, encoder: Encoder, frameworks: set[str]) -
     for target, file in (_CONVERTED[framework] for framework in sorted(frameworks)):
         if not (args.out / file).exists():
             write(args.out / file, encoder, target)
-            print(f"{args.out / file}: {verify(args.checkpoint, args.out / file, args.encoder)}", flush=True)
+            print(
+                f"{args.out / file}: {verify(args.checkpoint, args.out / file, args.encoder, load_image())}", flush=True
+            )
 
 
 def _fine_tune(args: argparse.Namespace, name: str, seed: int, encoder: Encoder) -> int:

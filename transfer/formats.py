@@ -83,8 +83,8 @@ def write(path: Path, encoder: Encoder, target: str) -> None:
     """
     form = FORMATS[target]
     if encoder.arch.startswith("vit") and not form.vits:
-        names = ", ".join(name for name, other in FORMATS.items() if other.vits)
-        raise UsageError(f"a {encoder.arch} has no {target} form here; choose another with --to ({names})")
+        names = " or ".join(name for name, other in FORMATS.items() if other.vits)
+        raise UsageError(f"a {encoder.arch} has no {target} form here; transfer/convert.py --to {names} has")
     weights = {form.rename(name): value.contiguous() for name, value in encoder.weights.items()}
     try:
         checkpoint.write_whole(path, lambda file: form.write(file, weights, encoder.provenance | {"format": target}))

@@ -1,6 +1,5 @@
 """Does a converted encoder compute what its source does: both see one image, through the framework's own network."""
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from data.scenes import render_scene
 from models.backbones import build_encoder
-from transfer.encoders import PROVENANCE, Encoder, read_encoder, recognise
+from transfer.encoders import Encoder, converted_from, read_encoder, recognise
 from transfer.formats import read_detectron2, torchvision_name
 from utils import checkpoint
 from utils.batch import MEAN, STD
@@ -31,12 +30,14 @@ _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "re
 Network = Callable[[Tensor], Tensor]
 
 
-def verify(source: Path, converted: Path, which: str | None = None, image: Path | None = None) -> str:
+def verify(source: Path, converted: Path, which: str | None, pixels: Tensor) -> str:
     """Compare the last feature maps of `source`'s encoder and of `converted`, each fed as its provenance says.
+
+    Then all tensors: in a young network a residual branch may have no part in the features yet.
 
     Args:
         which: the encoder of `source` to compare, as in `read_encoder`.
-        image: any photograph; None for a drawn scene.
+        pixels: an image, from `load_image`.
 
     Returns:
         What was compared, and the largest difference as a share of the largest feature.
@@ -49,7 +50,6 @@ def verify(source: Path, converted: Path, which: str | None = None, image: Path 
     arch = recognise(weights, str(converted))
     if arch != encoder.arch:
         raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")
-    pixels = _pixels(image)
     inputs = _normalise(pixels, provenance.get("colour_order"), provenance.get("mean"), provenance.get("std"))
     network, where = _converted_network(converted, weights, arch, provenance.get("format", ""))
     with torch.inference_mode():
@@ -58,6 +58,11 @@ def verify(source: Path, converted: Path, which: str | None = None, image: Path 
         if not difference <= TOLERANCE:
             instead = _diagnose(source, encoder, pixels, found)
             raise UsageError(f"{converted}: its features differ from {source}'s by {difference:.1g}{instead}")
+    facts = encoder.provenance
+    other_input = any(provenance.get(name, facts[name]) != facts[name] for name in ("colour_order", "mean", "std"))
+    for name, value in encoder.weights.items():
+        if not torch.equal(value, weights[name].to(value.dtype)) and not (other_input and name == _first(weights)):
+            raise UsageError(f"{converted}: {name} differs from {source}'s; convert it again")
     return f"features differ by {difference:.1g} of the largest, in {where}"
 
 
@@ -66,21 +71,24 @@ def _read_converted(path: Path) -> tuple[Weights, dict[str, Any]]:
     if path.suffix == ".pkl":
         state = read_detectron2(path)
         arrays = {torchvision_name(name): torch.from_numpy(np.array(value)) for name, value in state["model"].items()}
-        return arrays, dict(state.get(PROVENANCE) or {})
+        return arrays, converted_from(state)
     state = checkpoint.load(path, "converted")
-    carried = state.get(PROVENANCE) or {}
     _, weights = checkpoint.find_encoder(checkpoint.weights_in(state, str(path)))
-    return weights, dict(json.loads(carried) if isinstance(carried, str) else carried)
+    return weights, converted_from(state)
 
 
-def _pixels(image: Path | None) -> Tensor:
-    """(1, 3, 224, 224) RGB levels 0..1."""
+def load_image(image: Path | None = None) -> Tensor:
+    """A photograph, or a drawn scene: (1, 3, 224, 224) RGB levels 0..1.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     if image is None:
         pixels, _ = render_scene(0, "val", 0, _SIZE, _SIZE)
     else:
         try:
             pixels = np.array(Image.open(image).convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC))
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"--verify {image}: cannot be read as an image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
@@ -104,9 +112,14 @@ def _difference(wanted: Tensor, found: Tensor) -> float:
     return float((wanted - found).abs().max() / wanted.abs().max())
 
 
+def _first(weights: Weights) -> str:
+    """The layer that sees the colours."""
+    return "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
+
+
 def _diagnose(source: Path, encoder: Encoder, pixels: Tensor, found: Tensor) -> str:
     """What else of the source gives these features."""
-    first = "conv1.weight" if "conv1.weight" in encoder.weights else "patch_embed.proj.weight"
+    first = _first(encoder.weights)
     swapped = encoder.weights | {first: encoder.weights[first].flip(1)}
     others = {"of swapped colour channels (RGB and BGR)": replace(encoder, weights=swapped)}
     other = {"teacher": "student", "student": "teacher"}.get(encoder.provenance["encoder"])
@@ -133,19 +146,24 @@ def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> 
                 return frameworks[target](path, arch), f"{target}'s network"
         except ImportError:
             return _own_network(arch, weights), f"this project's network ({target} is not installed)"
+        except Exception as error:  # each framework has its own for what does not fit
+            raise UsageError(f"{path}: {target} cannot load it ({' '.join(str(error).split())[:200]})") from None
     return _own_network(arch, weights), "this project's network"
 
 
 def _own_network(arch: str, weights: Weights) -> Network:
     """torchvision's ResNet, or timm's ViT."""
     if arch.startswith("vit"):
-        import timm
-
+        try:
+            import timm
+        except ImportError:
+            raise UsageError(f"comparing a {arch} needs timm; pip install timm") from None
         vit: Any = timm.create_model(arch, num_classes=0)
         vit.load_state_dict(weights)
         return vit.eval().forward_features
-    network, _ = build_encoder(arch)
-    network.load_state_dict(weights)
+    with torch.device("meta"):
+        network, _ = build_encoder(arch)
+    network.load_state_dict(weights, assign=True)
     return network.eval()
 
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,7 +54,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         raise OSError(errno.EIO, getattr(error, "strerror", None) or f"{free:.0f} MiB are free") from None
 
@@ -78,7 +80,9 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
         UsageError: naming `flag`, if the file is missing, truncated, or holds code (none of which runs).
     """
     if not Path(path).is_file():
-        raise UsageError(f"{flag} {path}: no such file")
+        raise UsageError(f"{flag} {path}: {'is a folder' if Path(path).is_dir() else 'no such file'}")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"{flag} {path}: may not be read; change its permissions")
     try:
         if Path(path).suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
@@ -117,7 +121,8 @@ def weights_in(state: Mapping[str, Any], where: str) -> Weights:
     for container in ("model", "state_dict"):
         if isinstance(state.get(container), Mapping):
             state = state[container]
-    weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    weights = {name.removeprefix("module."): value for name, value in tensors.items()}
     if not weights:
         raise UsageError(f"{where}: no weights in it")
     return weights
