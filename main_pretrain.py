@@ -98,7 +98,7 @@ def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int
     loader = build_loader(dataset, sampler, loader_workers(args.num_workers), pin_memory=run.device.type == "cuda")
     batches = iter(loader)
     model = distributed.parallel(run.method, run.device)
-    guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, plan.images)
+    guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, plan.images, plan.steps_per_epoch)
     for step in range(start, plan.total_steps):
         batch = optimise(run, model, batches, guard, meter, step)
         log.advance(step + 1)

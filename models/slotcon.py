@@ -10,6 +10,7 @@ from models.alignment import align, overlap
 from models.backbones import build_encoder
 from models.grouping import Grouped, Grouping, occupied
 from models.heads import MLP
+from models.health import slot_health
 from models.losses import distillation, slot_contrast
 from models.teacher import copy_and_freeze, ema_update
 from utils.arguments import at_least, between
@@ -90,7 +91,7 @@ class SlotCon(Method):
         terms = self._terms(batch, student, teacher)
         loss = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
         self._update_centre(teacher)
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **_usage(teacher)}
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **self._health(student, teacher)}
 
     def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
         """The terms of the loss by name; one of weight 0 is not computed."""
@@ -143,6 +144,10 @@ class SlotCon(Method):
         positives = torch.arange(len(keys), device=keys.device) + rank() * len(keys)
         return slot_contrast(queries, all_gather(keys), positives, self.contrast_temp)
 
+    def _health(self, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
+        found, aims = ([view.grouped.scores for view in views] for views in (student, teacher))
+        return slot_health(found, aims, self.grouping_k.slot_embed.weight, self.center, self.teacher_temp)
+
     @torch.no_grad()
     def _update_centre(self, teacher: list[Seen]) -> None:
         """Move the centre towards the mean of the teacher's scores over views, images, positions and ranks."""
@@ -154,12 +159,3 @@ def _see(view: Tensor, encoder: nn.Module, projector: nn.Module, grouping: nn.Mo
     encoded = encoder(view)
     projected = projector(encoded)
     return Seen(encoded, projected, grouping(projected))
-
-
-def _usage(teacher: list[Seen]) -> dict[str, Tensor]:
-    """Which share of the prototypes this GPU's batch uses, and how many slots an image has."""
-    slots = torch.cat([occupied(view.grouped.scores) for view in teacher])
-    return {
-        "prototypes_used": slots.any(dim=0).float().mean(),
-        "slots_per_image": slots.float().sum(dim=1).mean(),
-    }

@@ -89,7 +89,7 @@ def training_step(args: argparse.Namespace) -> tuple[Run, Callable[[int], None]]
     run = main_pretrain.build_run(args, device, images=1000 * args.batch_size * args.accum_steps)
     batch = scene_batch(args)
     batches = itertools.repeat(batch.pin_memory() if device.type == "cuda" else batch)
-    guard, meter = FiniteGuard(run.method, device), Meter(device, run.plan.images)
+    guard, meter = FiniteGuard(run.method, device), Meter(device, run.plan.images, run.plan.steps_per_epoch)
 
     def step(number: int) -> None:
         main_pretrain.optimise(run, run.method, batches, guard, meter, number)

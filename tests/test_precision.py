@@ -46,7 +46,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(flags: list[str], tiny: Callable[...
     run = main_pretrain.build_run(args, device, len(dataset))
     sampler = main_pretrain.EpochSampler(run.plan, 0, args.seed)
     batches = iter(main_pretrain.build_loader(dataset, sampler, 0, pin_memory=True))
-    guard, meter = FiniteGuard(run.method, device), Meter(device, len(dataset))
+    guard, meter = FiniteGuard(run.method, device), Meter(device, len(dataset), 4)
     main_pretrain.optimise(run, run.method, batches, guard, meter, 0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -176,7 +176,7 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) ->
         assert run.plan.peak_lr == run.plan.effective_batch / 256
         run.plan = dataclasses.replace(run.plan, peak_lr=1.0)
         before = run.method.encoder_q[0].weight.clone()  # type: ignore[index]
-        guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, len(dataset))
+        guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, len(dataset), run.plan.steps_per_epoch)
         main_pretrain.optimise(run, run.method, iter(fed), guard, meter, 0)
         return (run.method.encoder_q[0].weight - before).detach()  # type: ignore[index]
 

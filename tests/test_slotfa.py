@@ -363,7 +363,8 @@ def test_only_the_loss_carries_a_gradient_and_every_term_is_logged(flags: list[s
     found = slotfa(*flags)(batch_of(4))
     contrast = {"loss_contrast"} if flags == CONTRAST else set()
     assert {name for name in found if name.startswith("loss")} == {"loss", "loss_group", "loss_augmented"} | contrast
-    assert {"assignments_moved", "prototypes_used", "slots_per_image"} <= found.keys()
+    assert found.pop("slot_positions").shape == (8,)
+    assert {"assignments_moved", "positives", "slots_per_image"} <= found.keys()
     assert [name for name, value in found.items() if value.requires_grad] == ["loss"]
     assert all(value.ndim == 0 and value.dtype == torch.float32 for value in found.values())
 

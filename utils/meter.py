@@ -9,6 +9,7 @@ from torch import Tensor
 from utils import distributed
 from utils.batch import Batch
 from utils.errors import UsageError
+from utils.health import SlotHealth
 
 _STREAK = 10  # non-finite steps in a row that stop a run
 _UNREADABLE = 0.01  # share of the images that may be unreadable
@@ -17,8 +18,9 @@ _UNREADABLE = 0.01  # share of the images that may be unreadable
 class Meter:
     """Sums a method's outputs, watches the data, and reads the device once a report."""
 
-    def __init__(self, device: torch.device, images: int):
+    def __init__(self, device: torch.device, images: int, steps_per_epoch: int):
         self.device, self.images = device, images
+        self.health = SlotHealth(steps_per_epoch)
         self.unreadable: list[str] = []
         """All files known to be unreadable, on any rank."""
         self._new: set[str] = set()
@@ -44,6 +46,8 @@ class Meter:
     @torch.no_grad()
     def add(self, outputs: list[dict[str, Tensor]], gradient_norm: Tensor, go: Tensor, bad: Tensor) -> None:
         """One optimiser step: the outputs of its batches, its gradient's norm, and what `FiniteGuard` says of it."""
+        if "slot_positions" in outputs[0]:
+            self.health.add(torch.stack([output.pop("slot_positions") for output in outputs]).sum(dim=0))
         for name in outputs[0]:
             self._sum(name, torch.stack([output[name].detach().float() for output in outputs]).mean(), go)
         self._sum("gradient_norm", gradient_norm, go)
@@ -65,6 +69,7 @@ class Meter:
         host = torch.tensor([self._seen, self._waited, len(self._new)], dtype=torch.float32)
         local = torch.cat([torch.stack(list(self._sums.values())), host.to(self.device, non_blocking=True)])
         total = distributed.all_reduce_sum(local)
+        slots = self.health.read()
         values = torch.cat([total, self._counted[None], *self._bad]).tolist()
         elapsed, ranks = time.monotonic() - self._since, distributed.world_size()
 
@@ -72,6 +77,9 @@ class Meter:
         flags = values[len(names) + 4 :]
         notes = self._non_finite(flags, step - self._steps, ranks) + (self._exchange_unreadable() if new else [])
         metrics = {name: value / ranks / counted if counted else float("nan") for name, value in zip(names, sums)}
+        if len(slots):
+            metrics |= dict(zip(("prototypes_used", "largest_slot"), slots.tolist()))
+            notes += self.health.warnings(metrics)
         metrics |= {"images_per_second": seen / elapsed, "data_wait": waited / ranks / elapsed}
         metrics |= {"skipped_steps": self._steps - counted, "unreadable_images": len(self.unreadable)}
         self._reset()
