@@ -45,7 +45,7 @@ TINY = {
 def command(*flags: str, config: str = SLOTCON, **changes: Any) -> list[str]:
     """The command line of a tiny run; `SOLVER__MAX_ITER=4` changes SOLVER.MAX_ITER."""
     pairs = TINY | {key.replace("__", "."): str(value) for key, value in changes.items()}
-    return ["--config-file", config, *flags, *(word for pair in pairs.items() for word in pair)]
+    return ["--config-file", config, "--num-gpus", "0", *flags, *(word for pair in pairs.items() for word in pair)]
 
 
 def converted(network: torchvision.models.ResNet, arch: str = "resnet50") -> dict[str, Any]:
@@ -212,7 +212,9 @@ def test_detectron2_takes_the_config_files(
     name: str, finetune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cfg, notes = finetune.configure(train_net.parse_args(["--config-file", str(CONFIGS / f"{name}.yaml")]))
+    cfg, notes = finetune.configure(
+        train_net.parse_args(["--config-file", str(CONFIGS / f"{name}.yaml"), "--num-gpus", "0"])
+    )
     assert {key: cfg.SOLVER[key] for key in COCO} == SCHEDULES[name]
     assert cfg.is_frozen()
     state = finetune.shapes(cfg)
@@ -224,7 +226,7 @@ def test_detectron2_takes_the_config_files(
 def test_without_detectron2_a_line_says_how_to_get_it(tmp_path: Path) -> None:
     (tmp_path / "detectron2.py").write_text("raise ImportError(\"No module named 'detectron2'\")\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    argv = [sys.executable, str(TRAIN_NET), "--config-file", SLOTCON, "OUTPUT_DIR", "run"]
+    argv = [sys.executable, str(TRAIN_NET), "--config-file", SLOTCON, "--num-gpus", "0", "OUTPUT_DIR", "run"]
     result = subprocess.run(argv, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
@@ -371,7 +373,9 @@ def test_arrays_of_any_protocol_are_read(protocol: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 3, 4, 16])
 def test_scaling_keeps_the_images_of_a_gpu(processes: int, finetune: ModuleType) -> None:
-    cfg, _ = finetune.configure(train_net.parse_args(["--config-file", SLOTCON, "TEST.EVAL_PERIOD", "6000"]))
+    cfg, _ = finetune.configure(
+        train_net.parse_args(["--config-file", SLOTCON, "--num-gpus", "0", "TEST.EVAL_PERIOD", "6000"])
+    )
     cfg.defrost()
     cfg, share = finetune.scale(cfg, processes), processes / 8
     expected = {
@@ -429,27 +433,37 @@ def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--config-file", "nowhere.yaml"], "--config-file nowhere.yaml"),
         (["--config-file", __file__], "--config-file"),
         (["--config-file", SLOTCON, "--num-gpus", "-1"], "--num-gpus"),
-        (["--config-file", SLOTCON, "--config", SLOTCON], "--config"),
-        (["--config-file", SLOTCON, "--num-machines", "2"], "--dist-url"),
-        (["--config-file", SLOTCON, "--machine-rank", "1"], "--machine-rank"),
-        (["--config-file", SLOTCON, "SOLVER.LR", "1"], "SOLVER.LR"),
-        (["--config-file", SLOTCON, "SOLVER.BASE_LR"], "SOLVER.BASE_LR: a key without a value"),
-        (["--config-file", SLOTCON, "SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
-        (["--config-file", SLOTCON, "SOLVER.BASE_LR", "1", "--resume"], "--resume: flags come before"),
-        (["--config-file", SLOTCON, "--auto-scale", "SOLVER.IMS_PER_BATCH", "2"], "--auto-scale"),
-        (["--config-file", SLOTCON, "MODEL.RESNETS.DEPTH", "18", "MODEL.WEIGHTS", __file__], "RES2_OUT_CHANNELS"),
-        (["--config-file", SLOTCON, "--num-gpus", "0", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
-        (["--config-file", SLOTCON, "DATASETS.TEST", "('coco_2018_val',)"], "coco_2018_val"),
-        (["--config-file", SLOTCON, "DATASETS.TEST", "('lvis_v1_val',)"], "lvis_v1_val"),
+        (["--config-file", SLOTCON, "--num-gpus", "99"], "0 trains on the CPU"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "--config", SLOTCON], "--config"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "--num-machines", "2"], "--dist-url"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "--machine-rank", "1"], "--machine-rank"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "SOLVER.LR", "1"], "SOLVER.LR"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "SOLVER.BASE_LR"], "SOLVER.BASE_LR: a key without a value"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
         (
-            ["--config-file", SLOTCON, "DATASETS.TEST", "('coco_2014_minival',)"],
+            ["--config-file", SLOTCON, "--num-gpus", "0", "SOLVER.BASE_LR", "1", "--resume"],
+            "--resume: flags come before",
+        ),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "--auto-scale", "SOLVER.IMS_PER_BATCH", "2"], "--auto-scale"),
+        (
+            ["--config-file", SLOTCON, "--num-gpus", "0", "MODEL.RESNETS.DEPTH", "18", "MODEL.WEIGHTS", __file__],
+            "RES2_OUT_CHANNELS",
+        ),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "DATASETS.TEST", "('coco_2018_val',)"], "coco_2018_val"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "DATASETS.TEST", "('lvis_v1_val',)"], "lvis_v1_val"),
+        (
+            ["--config-file", SLOTCON, "--num-gpus", "0", "DATASETS.TEST", "('coco_2014_minival',)"],
             "instances_minival2014.json is missing",
         ),
-        (["--config-file", SLOTCON], "MODEL.WEIGHTS is empty; python transfer/detection/convert_pretrain_to_d2.py"),
-        (["--config-file", SLOTCON, "--resume"], "MODEL.WEIGHTS is empty"),
-        (["--config-file", SLOTCON, "--eval-only"], "model_final.pth"),
-        (["--config-file", SLOTCON, "MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl: no such file"),
-        (["--config-file", SLOTCON, "MODEL.WEIGHTS", __file__], "no checkpoint"),
+        (
+            ["--config-file", SLOTCON, "--num-gpus", "0"],
+            "MODEL.WEIGHTS is empty; python transfer/detection/convert_pretrain_to_d2.py",
+        ),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "--resume"], "MODEL.WEIGHTS is empty"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "--eval-only"], "model_final.pth"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl: no such file"),
+        (["--config-file", SLOTCON, "--num-gpus", "0", "MODEL.WEIGHTS", __file__], "no checkpoint"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_written(

@@ -94,7 +94,8 @@ def test_the_published_commands_train_and_test_on_the_cpu_from_any_folder(
         return (tmp_path / "run/results.json").read_text()
 
     trained = command(FOLDER / "mim_dist_train.sh", config, pretrained[0], 0)
-    tested = command(FOLDER / "mim_dist_test.sh", config, tmp_path / "run/iter_2.pth", 0)
+    assert command(FOLDER / "mim_dist_test.sh", config, tmp_path / "run/iter_2.pth", 0) == trained
+    tested = (tmp_path / "run/test.json").read_text()
     assert json.loads(tested)["metrics"] == json.loads(trained)["metrics"]
     assert json.loads(tested)["step"] == 2
 
@@ -128,17 +129,36 @@ def test_the_configs_hold_the_published_recipes(name: str, expected: tuple[Any, 
         assert (model.test_cfg.crop_size, model.test_cfg.stride) == ((769, 769), (513, 513))
 
 
-def config_of(path: Path) -> Any:
+def config_of(path: Path, *flags: str) -> Any:
     parser = runs.make_parser("", "PRETRAINED", "")
-    return runs.load_config(parser.parse_args([str(path), "none"]))
+    return runs.load_config(parser.parse_args([str(path), "none", *flags]))
 
 
 @pytest.mark.parametrize(("gpus", "share"), [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)])
 def test_the_total_batch_is_16_on_any_number_of_gpus(gpus: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(gpus))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 16)
+    assert config_of(CONFIGS[0], "--gpus", str(gpus)).train_dataloader.batch_size == share
+    for name, value in {"RANK": 1, "WORLD_SIZE": gpus}.items():
+        monkeypatch.setenv(name, str(value))
     assert config_of(CONFIGS[0]).train_dataloader.batch_size == share
+
+
+def test_several_gpus_become_torchrun_after_the_checks(
+    pretrained: tuple[Path, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["train.py", "A", "B", "--gpus", "4"])
+    started: list[list[str]] = []
+
+    def become(_: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", become)
+    with pytest.raises(SystemExit):
+        train.main([str(CONFIGS[0]), str(pretrained[0]), "--work-dir", str(tmp_path / "run"), "--gpus", "4"])
+    assert " ".join(started[0]).endswith("--nproc_per_node 4 --master_port 29501 train.py A B --gpus 4")
+    assert not (tmp_path / "run").exists()
 
 
 def mistake(argv: list[str], capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], None]) -> str:
@@ -226,11 +246,12 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert "KEY=VALUE" in mistake([*argv[:4], "--cfg-options", "no_value"], capsys, train.main)
     assert "no such file" in mistake([argv[0], "nowhere.pth", *argv[2:4]], capsys, test.main)
     assert "not a checkpoint of a fine-tuning" in mistake(argv[:4], capsys, test.main)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "cannot be shared by 3 GPUs" in mistake([*argv[:4]], capsys, train.main)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "0 trains on the CPU" in mistake([*argv[:4]], capsys, train.main)
+    batch = "train_dataloader.batch_size=2"
+    assert "auto_scale_lr.base_batch_size" in mistake([*argv[:4], "--cfg-options", batch], capsys, train.main)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "0 trains on the CPU" in mistake([*argv[:4], "--gpus", "1"], capsys, train.main)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert "cannot be shared by 3 GPUs" in mistake([*argv[:4], "--gpus", "3"], capsys, train.main)
     monkeypatch.undo()
     monkeypatch.setattr(runs, "DATA", tmp_path / "nothing")
     assert "link the data" in mistake(argv, capsys, train.main)

@@ -57,7 +57,7 @@ def convert(args: argparse.Namespace) -> None:
     elif args.verify is None:
         raise UsageError(f"{args.output}: exists; --overwrite replaces it, --verify compares it with {args.input}")
     if image is not None:
-        print(f"verified: {verify(args.input, args.output, args.encoder, image)}")
+        print(f"verified: {verify(args.input, args.output, args.encoder, image, args.to)}")
 
 
 def _exists(path: Path) -> bool:

@@ -3,12 +3,13 @@
 import argparse
 import json
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,13 +28,22 @@ _CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("m
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: a user's mistake ends in one line and exit status 2, a fine-tuning that failed in status 1."""
     args = _parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         complete = evaluate(args)
     except UsageError as error:
         distributed.exit_with(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated):
         distributed.exit_with("stopped; the same command goes on from here", status=130)
     sys.exit(0 if complete else 1)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as a batch system sends it."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,6 +80,8 @@ def evaluate(args: argparse.Namespace) -> bool:
         raise UsageError(f"--seeds {args.seeds} --gpus {args.gpus}: at least 1 seed, and 0 GPUs or more")
     encoder = read_encoder(args.checkpoint, args.encoder)
     skipped = {name: TASKS[name].missing(encoder.arch) for name in args.only or TASKS}
+    if all(skipped.values()):
+        raise UsageError(f"nothing can run here: {'; '.join(sorted(set(skipped.values())))}")
     _convert(args, encoder, {TASKS[name].framework for name, reason in skipped.items() if not reason})
     todo = [(name, seed) for name, reason in skipped.items() if not reason for seed in range(args.seeds)]
     failed = []
@@ -91,10 +103,13 @@ def _folder(args: argparse.Namespace, name: str, seed: int) -> Path:
 def _convert(args: argparse.Namespace, encoder: Encoder, frameworks: set[str]) -> None:
     """The encoder in the formats of `frameworks`, compared with the checkpoint; what was there must be of it, too."""
     mark = args.out / "evaluated.json"
-    facts = {"checkpoint": encoder.provenance}
-    facts |= {"options": {"detection": args.detection_options, "segmentation": args.segmentation_options}}
-    if mark.exists() and json.loads(mark.read_text()) != facts:
-        raise UsageError(f"--out {args.out}: is of another checkpoint, or of other options; use another folder")
+    facts: dict[str, Any] = {"checkpoint": encoder.provenance}
+    facts |= {name: getattr(args, name) for name in ("detection_options", "segmentation_options")}
+    before = json.loads(mark.read_text()) if mark.exists() else facts
+    for name, value in facts.items():
+        if before[name] != value:
+            of = "another checkpoint" if name == "checkpoint" else f"--{name.replace('_', '-')} '{before[name]}'"
+            raise UsageError(f"--out {args.out}: holds the evaluation of {of}; use another folder")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,15 +128,25 @@ def _fine_tune(args: argparse.Namespace, name: str, seed: int, encoder: Encoder)
     folder = _folder(args, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     command = _command(args, name, seed, encoder)
-    with (folder / "log.txt").open("a") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    with (folder / "log.txt").open("a") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # it stops its own processes; leaving the block waits for it
+            raise
     if status:
-        last = (folder / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
-        print(f"  failed with exit status {status}: {last}", flush=True)
+        print(f"  failed with exit status {status}: {_reason(folder / 'log.txt')}", flush=True)
     else:
         results = json.loads((folder / "run" / "results.json").read_text())
         _write_json(folder / "done.json", {"command": shlex.join(command), "results": results})
     return status
+
+
+def _reason(log: Path) -> str:
+    """The line in which a command of ours told its mistake, or else the last."""
+    lines = log.read_text(errors="replace").strip().splitlines() or [""]
+    told = [line for line in lines if line.startswith(("train.py: ", "train_net.py: "))]
+    return (told or lines)[-1]
 
 
 def _command(args: argparse.Namespace, name: str, seed: int, encoder: Encoder) -> list[str]:
@@ -149,7 +174,9 @@ def _write_tables(
     """`results.json` and `results.md`; returns the latter."""
     rows = [row for name in skipped for row in _rows(args, name, skipped[name], failed)]
     _write_json(args.out / "results.json", {"checkpoint": encoder.provenance, "results": rows})
-    text = markdown(rows, f"{args.checkpoint} ({encoder.provenance['encoder']})")
+    options = [args.detection_options, args.segmentation_options]
+    changed = f"\nNot the published recipe: `{' '.join(filter(None, options))}`\n" if any(options) else ""
+    text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n{changed}\n{markdown(rows)}"
     checkpoint.write_whole(args.out / "results.md", lambda file: file.write(text.encode()))
     return text
 
@@ -165,10 +192,12 @@ def _rows(args: argparse.Namespace, name: str, reason: str, failed: list[tuple[s
     for metric, place in TASKS[name].metrics.items():
         values = [value for results in found if (value := _at(results, place)) is not None]
         row: dict[str, Any] = {"task": name, "title": TASKS[name].title, "metric": metric, "values": values}
-        row |= {"mean": statistics.fmean(values) if values else None}
+        row |= {"runs": len(found), "mean": statistics.fmean(values) if values else None}
         row |= {"deviation": statistics.stdev(values) if len(values) > 1 else None}
+        changed = args.detection_options if TASKS[name].framework == "detection" else args.segmentation_options
+        published = None if changed else PUBLISHED.get((name, metric))
         note = reason or ("" if values else "nothing to score: the model predicts nothing")
-        rows.append(row | {"published": PUBLISHED.get((name, metric)), "note": note})
+        rows.append(row | {"published": published, "note": note})
     return rows
 
 
@@ -178,11 +207,9 @@ def _at(results: Any, place: str) -> float | None:
     return results
 
 
-def markdown(rows: list[dict[str, Any]], title: str) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table; mean and sample standard deviation over seeds."""
     lines = [
-        f"# {title}",
-        "",
         "| evaluation | metric | value | seeds | SlotCon, COCO 800 ep. | note |",
         "| --- " * 6 + "|",
     ]
@@ -190,7 +217,7 @@ def markdown(rows: list[dict[str, Any]], title: str) -> str:
         value = "" if row["mean"] is None else f"{row['mean']:.2f}"
         value += "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
         published = "" if row["published"] is None else f"{row['published']:.1f}"
-        cells = (row["title"], row["metric"], value, str(len(row["values"])), published, row["note"])
+        cells = (row["title"], row["metric"], value, str(row["runs"]), published, row["note"])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,9 @@
 """Does a converted encoder compute what its source does: both see one image, through the framework's own network."""
 
+import io
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "re
 Network = Callable[[Tensor], Tensor]
 
 
-def verify(source: Path, converted: Path, which: str | None, pixels: Tensor) -> str:
+def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, target: str | None = None) -> str:
     """Compare the last feature maps of `source`'s encoder and of `converted`, each fed as its provenance says.
 
     Then all tensors: in a young network a residual branch may have no part in the features yet.
@@ -38,6 +40,7 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor) -> 
     Args:
         which: the encoder of `source` to compare, as in `read_encoder`.
         pixels: an image, from `load_image`.
+        target: the framework that `converted` has to be for; None for any.
 
     Returns:
         What was compared, and the largest difference as a share of the largest feature.
@@ -47,6 +50,8 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor) -> 
     """
     encoder = read_encoder(source, which)
     weights, provenance = _read_converted(converted)
+    if target and (made := provenance.get("format", target)) != target:
+        raise UsageError(f"{converted}: is made for {made}, not for {target}")
     arch = recognise(weights, str(converted))
     if arch != encoder.arch:
         raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")
@@ -89,7 +94,8 @@ def load_image(image: Path | None = None) -> Tensor:
         try:
             pixels = np.array(Image.open(image).convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"--verify {image}: cannot be read as an image ({error})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--verify {image}: cannot be read as an image ({reason})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
@@ -141,8 +147,9 @@ def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> 
     }
     if target == "timm" or (target in frameworks and arch in _DEPTHS):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what the frameworks themselves stand on
+            # The frameworks print, and warn of what they stand on.
+            with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
                 return frameworks[target](path, arch), f"{target}'s network"
         except ImportError:
             return _own_network(arch, weights), f"this project's network ({target} is not installed)"

@@ -135,7 +135,7 @@ def use_devices(cfg: CfgNode, args: argparse.Namespace) -> tuple[int, list[str]]
         raise UsageError(f"--machine-rank {args.machine_rank}: not below --num-machines {args.num_machines}")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UsageError("--dist-url: several machines need tcp://FIRST_MACHINE:PORT")
-    if cfg.MODEL.DEVICE == "cpu" or args.num_gpus == 0 or not torch.cuda.is_available():
+    if cfg.MODEL.DEVICE == "cpu" or args.num_gpus == 0:
         if args.num_machines > 1:
             raise UsageError("--num-machines: without GPUs, one machine only; batch norms do not synchronise over CPUs")
         if cfg.SOLVER.AMP.ENABLED:
@@ -143,7 +143,8 @@ def use_devices(cfg: CfgNode, args: argparse.Namespace) -> tuple[int, list[str]]
         cfg.MODEL.DEVICE = "cpu"
         return 1, ["no GPU in use: one process on the CPU"]
     if args.num_gpus > torch.cuda.device_count():
-        raise UsageError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
+        there = torch.cuda.device_count()
+        raise UsageError(f"--num-gpus {args.num_gpus}: this machine has {there}; 0 trains on the CPU")
     return args.num_gpus * args.num_machines, []
 
 

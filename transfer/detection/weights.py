@@ -82,7 +82,7 @@ def read(source: Source) -> Contents:
     where = f"{source.flag} {source.path}"
     pickled = source.path.suffix == ".pkl"
     state = read_pickle(source.path, source.flag) if pickled else checkpoint.load(source.path, source.flag)
-    weights = state.get("model", state.get("blobs", state))
+    weights = next((state[name] for name in ("model", "state_dict", "blobs") if name in state), state)
     if not isinstance(weights, Mapping):
         raise UsageError(f"{where}: no weights in it")
     weights = {name: _tensor(value) for name, value in weights.items() if _is_weight(name, value)}

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -57,7 +58,8 @@ def make_parser(description: str, takes: str, said: str) -> argparse.ArgumentPar
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
     parser.add_argument(takes.lower(), metavar=takes, type=Path, help=said)
     parser.add_argument("--work-dir", type=Path, help="for logs, checkpoints, results.json (work_dirs/CONFIG's name)")
-    said = "change the config, as in `train_cfg.max_iters=100`"
+    parser.add_argument("--gpus", type=int, help="0 is the CPU (what is there, one at most, if not said)")
+    said = "change the config, as in `train_cfg.max_iters=100`; the batch is auto_scale_lr.base_batch_size"
     parser.add_argument("--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help=said)
     return parser
 
@@ -72,16 +74,43 @@ def load_config(args: argparse.Namespace) -> Any:
 
     if not args.config.is_file():
         raise UsageError(f"{args.config}: no such config; they lie in transfer/segmentation/configs")
+    if any(key.endswith("train_dataloader.batch_size") for key in args.cfg_options or {}):
+        raise UsageError("--cfg-options train_dataloader.batch_size: set auto_scale_lr.base_batch_size, of all GPUs")
     try:
         config = Config.fromfile(str(args.config))
         config.merge_from_dict(args.cfg_options or {})
     except Exception as error:  # a config is Python: it raises whatever its author wrote
         raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
     config.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
-    config.launcher = "pytorch" if distributed.world_size() > 1 else "none"
+    config.launcher = "pytorch" if "RANK" in os.environ else "none"
     _find_data(config)
-    _spread(config)
+    _spread(config, _processes(args))
     return config
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Become torchrun on the same command, if it is for several GPUs and is not one of torchrun's processes yet.
+
+    So a user's mistakes have ended the command before, in one line, without torchrun's report.
+    """
+    if args.gpus and args.gpus > 1 and "RANK" not in os.environ:
+        port = os.environ.get("MASTER_PORT", "29501")
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.gpus), "--master_port", port]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def _processes(args: argparse.Namespace) -> int:
+    """How many processes share the batch.
+
+    Raises:
+        UsageError: there are not so many GPUs.
+    """
+    if "RANK" in os.environ:
+        return distributed.world_size()
+    there = torch.cuda.device_count()
+    if args.gpus is not None and not 0 <= args.gpus <= there:
+        raise UsageError(f"--gpus {args.gpus}: this machine has {there}; 0 trains on the CPU")
+    return max(args.gpus or 1, 1)
 
 
 def _find_data(config: Any) -> None:
@@ -106,22 +135,19 @@ def _datasets(parts: Any) -> Iterator[Any]:
                 yield from _datasets(part[name])
 
 
-def _spread(config: Any) -> None:
+def _spread(config: Any, processes: int) -> None:
     """Each GPU's share of the batch (`auto_scale_lr.base_batch_size`), and each loader's of the cores."""
-    processes, gpus = distributed.world_size(), torch.cuda.device_count()
     total = config.auto_scale_lr.base_batch_size
     if total % processes:
         raise UsageError(f"a batch of {total} cannot be shared by {processes} GPUs; use a number that divides it")
-    if processes > 1 and distributed.local_world_size() > gpus:
-        raise UsageError(f"{distributed.local_world_size()} GPUs asked for, {gpus} here; 0 trains on the CPU")
     config.train_dataloader.batch_size = total // processes
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.num_workers = loader_workers(loader.num_workers) if loader.num_workers else 0
         loader.persistent_workers = loader.num_workers > 0
 
 
-def write_results(folder: str, step: int, metrics: dict[str, float], pretrained: dict[str, Any]) -> None:
-    """`results.json` in `folder`: the step, metrics in per cent (null where undefined), and the encoder's origin."""
+def write_results(path: Path, step: int, metrics: dict[str, float], pretrained: dict[str, Any]) -> None:
+    """A JSON file: the step, metrics in per cent (null where undefined), and the encoder's origin."""
     values = {name: round(float(value), 4) if np.isfinite(value) else None for name, value in metrics.items()}
     text = json.dumps({"step": step, "metrics": values, "pretrained": pretrained}, indent=2) + "\n"
-    write_whole(Path(folder) / "results.json", lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()))

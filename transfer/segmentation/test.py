@@ -26,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(runs.make_parser("Evaluate a fine-tuned model.", "CHECKPOINT", said).parse_args(argv))
     except UsageError as error:
         distributed.exit_with(str(error))
+    except KeyboardInterrupt:
+        distributed.exit_with("stopped", status=130)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """The config's metrics of a checkpoint, printed and in `results.json`.
+    """The config's metrics of a checkpoint, printed and in `test.json`; `results.json` is the training's.
 
     Raises:
         UsageError: the checkpoint is not there, or not of the config's model.
@@ -44,12 +46,13 @@ def evaluate(args: argparse.Namespace) -> None:
         expected = MODELS.build(config.model).state_dict()
     if first := misfit(state["state_dict"], expected):
         raise UsageError(f"CHECKPOINT {args.checkpoint}: not a model of {args.config} ({first})")
+    runs.launch(args)
     runner = Runner.from_cfg(config)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.load_state_dict(state["state_dict"])
     metrics = runner.test()
     if runner.rank == 0:
-        runs.write_results(runner.work_dir, state["meta"]["iter"], metrics, {})
+        runs.write_results(Path(runner.work_dir) / "test.json", state["meta"]["iter"], metrics, {})
 
 
 class _Inert:

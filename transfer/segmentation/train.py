@@ -17,6 +17,8 @@ from utils import checkpoint, distributed
 from utils.checkpoint import Weights
 from utils.errors import UsageError
 
+_CONVERT = "convert one with transfer/segmentation/convert_pretrain_to_mm.py IN.pth OUT.pth"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: mistakes of the user end in one line and exit status 2."""
@@ -25,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(_parse_args(argv))
     except UsageError as error:
         distributed.exit_with(str(error))
+    except KeyboardInterrupt:
+        distributed.exit_with("stopped; --resume goes on from the last checkpoint", status=130)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,6 +55,7 @@ def train(args: argparse.Namespace) -> None:
     config.resume = args.resume
     if not args.resume and (Path(config.work_dir) / "last_checkpoint").exists():
         raise UsageError(f"--work-dir {config.work_dir}: holds a run; --resume goes on with it, or use another folder")
+    runs.launch(args)
     if args.resume:
         # mmengine keeps pickled loss histories in a run's own checkpoints; torch's safe reader refuses them.
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
@@ -68,14 +73,17 @@ def read_pretrained(path: Path, config: Any) -> tuple[Weights, dict[str, Any]]:
     """
     from mmseg.registry import MODELS
 
+    if path.suffix == ".pkl":
+        raise UsageError(f"PRETRAINED {path}: is made for detectron2; {_CONVERT}")
     state = checkpoint.load(path, "PRETRAINED")
     weights = checkpoint.weights_in(state, f"PRETRAINED {path}")
+    if "conv1.weight" not in weights and checkpoint.find_encoder(weights)[0]:
+        raise UsageError(f"PRETRAINED {path}: is not converted; {_CONVERT}")
     with torch.device("meta"):
         backbone = MODELS.build({**config.model.backbone, "init_cfg": None})
     if first := misfit(weights, backbone.state_dict()):
         wanted = f"{config.model.backbone.type}{config.model.backbone.get('depth', '')}"
-        cure = "convert one of this architecture with transfer/segmentation/convert_pretrain_to_mm.py"
-        raise UsageError(f"PRETRAINED {path}: not the config's backbone, a {wanted} ({first}); {cure}")
+        raise UsageError(f"PRETRAINED {path}: not the config's backbone, a {wanted} ({first}); {_CONVERT}")
     return weights, dict(state.get(PROVENANCE) or {})
 
 
@@ -101,7 +109,7 @@ def _hooks(weights: Weights, provenance: dict[str, Any]) -> list[Any]:
 
         def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
             if runner.rank == 0 and metrics:
-                runs.write_results(runner.work_dir, runner.iter, metrics, provenance)
+                runs.write_results(Path(runner.work_dir) / "results.json", runner.iter, metrics, provenance)
 
     return [BackboneIsPretrained(), WriteResults()]
 
