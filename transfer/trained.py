@@ -1,0 +1,129 @@
+"""Trained models, ready to look at images: the encoder of any checkpoint, and the slots of those that have them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones import build_encoder
+from models.grouping import Grouping
+from models.heads import MLP
+from transfer.encoders import Encoder, read_encoder
+from utils import checkpoint
+from utils.errors import UsageError
+
+
+def load_encoder(path: Path | str, which: str | None = None, output_stride: int = 32) -> nn.Module:
+    """The encoder of any checkpoint, frozen: normalised RGB images (B, 3, H, W) -> map (B, C, h, w).
+
+    Args:
+        which: `teacher` or `student`; None for the teacher where there are both.
+        output_stride: pixels to a cell of a ResNet, below 32 by dilation; a ViT's is its patch.
+
+    Raises:
+        UsageError: as `read_encoder`.
+    """
+    return build_network(read_encoder(path, which), output_stride)
+
+
+def build_network(encoder: Encoder, output_stride: int = 32) -> nn.Module:
+    """`encoder` as a frozen network in evaluation mode."""
+    if encoder.arch.startswith("vit"):
+        network: nn.Module = _TokenMap(encoder)
+    else:
+        with torch.device("meta"):
+            network, _ = build_encoder(encoder.arch, output_stride)
+        network.load_state_dict(encoder.weights, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def untrained(arch: str, seed: int) -> Encoder:
+    """An encoder as pre-training starts with it: the baseline of every probe."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network, _ = build_encoder(arch)
+    fingerprint = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
+    facts = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": fingerprint}
+    return Encoder(network.state_dict(), arch, facts)
+
+
+class _TokenMap(nn.Module):
+    """timm's ViT whose patch tokens are laid out as a map."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UsageError(f"a {encoder.arch} needs timm; pip install timm") from None
+        self.vit: Any = timm.create_model(encoder.arch, num_classes=0, dynamic_img_size=True)
+        self.vit.load_state_dict(encoder.weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patch = self.vit.patch_embed.patch_size[0]
+        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+        return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
+
+
+class TrainedSlots(nn.Module):
+    """Encoder, projector and prototypes of one half of a trained method, frozen, in evaluation mode."""
+
+    def __init__(self, encoder: nn.Module, projector: MLP, grouping: Grouping):
+        super().__init__()
+        self.encoder, self.projector, self.grouping = encoder, projector, grouping
+        self.eval().requires_grad_(False)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """(K, D)."""
+        return self.grouping.slot_embed.weight
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) -> projections (B, D, h, w) and scores (B, K, h, w), cosines."""
+        projections = self.projector(self.encoder(images))
+        return projections, self.grouping(projections).scores
+
+
+def load_slots(path: Path | str, which: str | None = None, output_stride: int = 32) -> TrainedSlots:
+    """The slots of a checkpoint of this project or a released one; all sizes are told by the weights.
+
+    Raises:
+        UsageError: as `read_encoder`, or the file has no prototypes or no projector.
+    """
+    encoder = read_encoder(path, which)
+    suffix = "q" if encoder.provenance["encoder"] == "student" else "k"
+    weights = checkpoint.load_weights(path, "checkpoint")
+    projector = {name: weights[name] for name in weights if name.startswith(f"projector_{suffix}.")}
+    prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
+    if prototypes is None or not projector:
+        raise UsageError(f"{path}: no prototypes in it; slots are in whole checkpoints of slotcon and slotfa alone")
+    projector = {name.partition(".")[2]: value.float() for name, value in projector.items()}
+    hidden, width = projector["mlp.0.weight"].shape[:2]
+    head = MLP(width, hidden, len(projector["mlp.6.weight"]), maps=True)
+    checkpoint.load_strict(head, projector, f"{path}: projector_{suffix}")
+    # The temperature shapes slots, not scores.
+    grouping = Grouping(len(prototypes), prototypes.shape[1], temperature=0.07)
+    checkpoint.load_strict(grouping, {"slot_embed.weight": prototypes.float()}, f"{path}: grouping_{suffix}")
+    return TrainedSlots(build_network(encoder, output_stride), head, grouping)
+
+
+class Projections(nn.Module):
+    """Normalised images (B, 3, H, W) -> projections (B, D, h, w), whose cosines with the prototypes are the scores."""
+
+    def __init__(self, slots: TrainedSlots):
+        super().__init__()
+        self.slots = slots
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.slots(images)[0]
+
+
+def untrained_slots(slots: TrainedSlots, network: nn.Module, seed: int) -> TrainedSlots:
+    """Projector and prototypes of the sizes of `slots` as pre-training starts with them, on an untrained `network`."""
+    hidden, width = slots.projector.state_dict()["mlp.0.weight"].shape[:2]
+    count, dim = slots.prototypes.shape
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TrainedSlots(network, MLP(width, hidden, dim, maps=True), Grouping(count, dim, temperature=0.07))

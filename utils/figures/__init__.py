@@ -1,0 +1,1 @@
+"""Figures, pages and files that show what the prototypes of a trained model gather."""
