@@ -18,6 +18,7 @@ from data.loader import Batch, EpochSampler, build_loader
 from data.photometric import apply_colour
 from models import METHODS, build_method
 from models.norm import synchronise_batch_norm
+from transfer.probe import online
 from utils import arguments, distributed, pictures, resume
 from utils.device import amp_dtype, choose_device, loader_workers
 from utils.errors import UsageError
@@ -43,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         METHODS[method].add_arguments(parser.add_argument_group(f"method {method}"))
     arguments.add_optimisation(parser.add_argument_group("optimisation"))
     arguments.add_run(parser.add_argument_group("run"))
+    online.add_arguments(parser.add_argument_group("probe"))
     return parser.parse_args(argv)
 
 
@@ -65,6 +67,7 @@ def pretrain(args: argparse.Namespace) -> None:
     dataset = data.datasets.build_dataset(args)
     run = build_run(args, device, len(dataset))
     start, notes = resume.begin(run)
+    probe = online.OnlineProbe(args) if args.probe_freq else None
     distributed.agree("--data-dir and --output-dir", (run.plan, start))
     if args.dry_run:
         if distributed.is_main():
@@ -76,7 +79,7 @@ def pretrain(args: argparse.Namespace) -> None:
         log.say("\n".join([run.describe(), *notes]))
         if distributed.is_main():
             resume.write_config(folder, run)
-        train(run, dataset, log, start)
+        train(run, dataset, log, start, probe)
         log.finish()
 
 
@@ -91,8 +94,10 @@ def build_run(args: argparse.Namespace, device: torch.device, images: int) -> Ru
     return Run(args, plan, device, method, build_optimizer(args, method), scaler)
 
 
-def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int) -> None:
-    """The loop over optimiser steps from `start`: report every --print-freq, save every --save-freq epochs."""
+def train(
+    run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int, probe: online.OnlineProbe | None
+) -> None:
+    """The loop over optimiser steps from `start`: report every --print-freq; save, and probe, every so many epochs."""
     args, plan = run.args, run.plan
     sampler = EpochSampler(plan, start, args.seed)
     loader = build_loader(dataset, sampler, loader_workers(args.num_workers), pin_memory=run.device.type == "cuda")
@@ -104,18 +109,21 @@ def train(run: Run, dataset: data.datasets.SceneDataset, log: RunLog, start: int
         log.advance(step + 1)
         epoch, within = divmod(step + 1, plan.steps_per_epoch)
         saving = within == 0 and (epoch % args.save_freq == 0 or epoch == args.epochs)
-        if (step + 1) % args.print_freq == 0 or saving:
+        probing = probe is not None and within == 0 and (epoch % args.probe_freq == 0 or epoch == args.epochs)
+        if (step + 1) % args.print_freq == 0 or saving or probing:
             metrics, notes = meter.read(step + 1)
             times = {
                 "lr": plan.lr(step),
                 "teacher_momentum": plan.momentum(step),
                 "memory_gib": memory_gib(run.device),
             }
+            if probe is not None and probing and distributed.is_main():
+                times |= probe.measure(run.method.encoder_k, run.device)
             log.report(step + 1, metrics | times, notes)
         if saving and distributed.is_main():
             resume.save(run, step + 1, epoch)
             draw(run, batch, dataset, log, step + 1)
-        if saving:
+        if saving or probing:
             distributed.barrier()
 
 

@@ -96,9 +96,10 @@ class RunLog:
         if not self.active:
             return
         self._close_bars()
-        learned = [name for name in self._last if name.startswith(("loss", "prototypes", "slots"))]
+        learned = [name for name in self._last if name.startswith(("loss", "prototypes_used", "slots", "probe"))]
         for name in learned:
-            self.say(f"{name:<16}  {self._first[name]:.3f} -> {self._last[name]:.3f}")
+            first = f"{self._first[name]:.3f} -> " if name in self._first else ""
+            self.say(f"{name:<16}  {first}{self._last[name]:.3f}")
         figure = self.folder / "slots.png"
         took = f"{self.total_steps - self._start_step} steps in {_clock(time.monotonic() - self._started)}"
         self.say(f"done              {took}" if learned else "nothing was left to do")
@@ -145,7 +146,8 @@ def memory_gib(device: torch.device) -> float:
 
 
 def _board_name(name: str) -> str:
-    group = "loss" if name.startswith("loss") else "slots" if "slot" in name or "prototype" in name else "run"
+    slots = "slot" in name or "prototype" in name or name in ("positives", "assignment_entropy")
+    group = "loss" if name.startswith("loss") else "slots" if slots else "probe" if "probe" in name else "run"
     return f"{group}/{name}"
 
 

@@ -1,0 +1,116 @@
+"""What a frozen encoder sees in labelled images, computed once and kept on disk."""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from transfer.probe.labelled import Labelled
+from utils import distributed
+from utils.device import loader_workers
+from utils.errors import UsageError
+from utils.pictures import normalise
+
+See = Callable[[Tensor], Tensor]
+"""Normalised images (B, 3, S, S) -> features (B, C, h, w)."""
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Features:
+    """N images as an encoder sees them, and their labels."""
+
+    maps: NDArray[np.float16]
+    """(N, h, w, C): a cell's channels lie together."""
+    labels: NDArray[np.uint8]
+    """(N, S, S) classes and VOID."""
+
+    def cells(self, chosen: NDArray[np.int64]) -> Tensor:
+        """The features of cells by their numbers over images, rows and columns: (len(chosen), C) float32."""
+        return torch.from_numpy(self.maps.reshape(-1, self.maps.shape[3])[chosen]).float()
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags of running an encoder over images."""
+    group.add_argument("--cache", type=Path, default=Path("output/features"), help="folder that keeps features")
+    group.add_argument("--batch-size", type=int, default=16, help="images a GPU sees at once")
+    group.add_argument("--num-workers", type=int, default=8, help="processes that decode images, for each GPU")
+
+
+def extract(
+    see: See, labelled: Labelled, args: argparse.Namespace, device: torch.device, facts: dict[str, object]
+) -> Features:
+    """The features of all images, from the cache where `facts` and the images are the same.
+
+    Every rank sees its share of the images; all get all features.
+
+    Raises:
+        UsageError: an image or mask cannot be used, or the disk does not take the features.
+    """
+    files = [(str(image), image.stat().st_mtime_ns, str(mask)) for image, mask in labelled.pairs]
+    key = json.dumps([facts, labelled.size, labelled.classes, files], sort_keys=True)
+    folder = args.cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not (folder / "facts.json").exists():
+        _fill(folder, see, labelled, args, device, {**facts, "images": len(labelled), "first": files[0][0]})
+    return Features(np.load(folder / "maps.npy", mmap_mode="r"), np.load(folder / "labels.npy", mmap_mode="r"))
+
+
+def _fill(
+    folder: Path,
+    see: See,
+    labelled: Labelled,
+    args: argparse.Namespace,
+    device: torch.device,
+    facts: dict[str, object],
+) -> None:
+    """Write `maps.npy` and `labels.npy`, and `facts.json` once they are whole."""
+    size = labelled.size
+    channels, *side = see(torch.zeros(1, 3, size, size, device=device)).shape[1:]
+    shape = (*side, channels)
+    count = len(labelled)
+    if distributed.is_main():
+        _make_room(folder, 2 * count * int(np.prod(shape)) + count * size**2)
+        np.lib.format.open_memmap(folder / "maps.npy", "w+", np.float16, (count, *shape)).flush()
+        np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (count, size, size)).flush()
+    distributed.barrier()
+    maps, labels = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("maps", "labels"))
+    own = range(distributed.rank(), count, distributed.world_size())
+    loader = DataLoader(Subset(labelled, own), args.batch_size, num_workers=loader_workers(args.num_workers))
+    hidden = not (sys.stderr.isatty() and distributed.is_main())
+    done = 0
+    with tqdm(total=len(own), unit="image", desc="features", disable=hidden) as bar, torch.inference_mode():
+        for images, truth in loader:
+            where = own[done : done + len(images)]
+            seen = see(normalise(images / 255).to(device)).permute(0, 2, 3, 1)
+            maps[where] = seen.float().clamp(-_LARGEST, _LARGEST).cpu().numpy()
+            labels[where] = truth.numpy()
+            done += len(images)
+            bar.update(len(images))
+    maps.flush()
+    labels.flush()
+    distributed.barrier()
+    if distributed.is_main():
+        (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    distributed.barrier()
+
+
+def _make_room(folder: Path, size: int) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--cache {folder}: cannot be made ({error.strerror}); use another folder") from None
+    if (free := shutil.disk_usage(folder).free) < size:
+        need = f"{size / 2**30:.1f} GiB are needed and {free / 2**30:.1f} free"
+        raise UsageError(f"--cache {folder}: {need}; use another folder, or fewer images with --train-images")
