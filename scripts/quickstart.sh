@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a small trained SlotFA: .venv, requirements, and a few minutes of training on the built-in scenes.
+# From nothing to a small trained SlotFA: .venv, requirements, a few minutes of training on the built-in scenes, then
+# a figure of its prototypes and a linear probe beside the untrained encoder, on scenes that it has not seen.
 #   ./scripts/quickstart.sh [more flags of main_pretrain.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,3 +14,8 @@ python main_pretrain.py \
     --arch resnet18 --dim-hidden 512 --dim-out 128 --num-prototypes 16 --teacher-temp 0.04 \
     --batch-size 32 --optimizer lars --base-lr 8 --warmup-epoch 1 --epochs 5 \
     --save-freq 5 --num-workers 2 --output-dir "$OUT" "$@"
+
+python viz_slots.py --model-path "$OUT/current.pth" --max-images 200 --sampling 8
+python transfer/probe/linear_segmentation.py "$OUT/current.pth" --baseline random \
+    --dataset demo --data-dir data --size 192 --train-images 200 --val-images 200 --num-workers 2 \
+    --cache "$OUT/features" --out "$OUT/probe"

@@ -402,6 +402,7 @@ def test_lambda_weighs_the_two_losses(weight: float) -> None:
 
 def test_only_the_loss_carries_a_gradient() -> None:
     found = slotcon(6)(views_of(6))
+    assert found.pop("slot_positions").ndim == 1
     assert {"loss", "loss_group", "loss_contrast"} <= found.keys()
     assert [name for name, value in found.items() if value.requires_grad] == ["loss"]
     assert all(value.ndim == 0 for value in found.values())

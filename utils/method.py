@@ -27,7 +27,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, a scalar with gradient, and detached scalars to log."""
+        """`loss`, a scalar with gradient, and detached scalars to log.
+
+        A method with slots adds `slot_positions` (K,): how many positions each prototype won.
+        """
 
     @abstractmethod
     def update_teacher(self, momentum: float) -> None:
