@@ -31,6 +31,8 @@ def load_encoder(path: Path | str, which: str | None = None, output_stride: int 
 def build_network(encoder: Encoder, output_stride: int = 32) -> nn.Module:
     """`encoder` as a frozen network in evaluation mode."""
     if encoder.arch.startswith("vit"):
+        if output_stride != 32:
+            raise UsageError(f"--output-stride {output_stride}: a {encoder.arch}'s cell is its patch; leave it out")
         network: nn.Module = _TokenMap(encoder)
     else:
         with torch.device("meta"):
@@ -43,10 +45,18 @@ def untrained(arch: str, seed: int) -> Encoder:
     """An encoder as pre-training starts with it: the baseline of every probe."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network, _ = build_encoder(arch)
+        network = _create_vit(arch) if arch.startswith("vit") else build_encoder(arch)[0]
     fingerprint = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
     facts = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": fingerprint}
     return Encoder(network.state_dict(), arch, facts)
+
+
+def _create_vit(arch: str) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"a {arch} needs timm; pip install timm") from None
+    return timm.create_model(arch, num_classes=0, dynamic_img_size=True)
 
 
 class _TokenMap(nn.Module):
@@ -54,11 +64,7 @@ class _TokenMap(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        try:
-            import timm
-        except ImportError:
-            raise UsageError(f"a {encoder.arch} needs timm; pip install timm") from None
-        self.vit: Any = timm.create_model(encoder.arch, num_classes=0, dynamic_img_size=True)
+        self.vit = _create_vit(encoder.arch)
         self.vit.load_state_dict(encoder.weights)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -98,8 +104,18 @@ def load_slots(path: Path | str, which: str | None = None, output_stride: int = 
     projector = {name: weights[name] for name in weights if name.startswith(f"projector_{suffix}.")}
     prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
     if prototypes is None or not projector:
-        raise UsageError(f"{path}: no prototypes in it; slots are in whole checkpoints of slotcon and slotfa alone")
+        whole = "slots are in whole checkpoints of slotcon and slotfa alone"
+        raise UsageError(f"{path}: no prototypes in it; {whole}, others can be clustered with --clusters")
     projector = {name.partition(".")[2]: value.float() for name, value in projector.items()}
+    for name in ("mlp.0.weight", "mlp.6.weight"):
+        if name not in projector:
+            raise UsageError(f"{path}: projector_{suffix}.{name} is missing; the file is not whole")
+    if prototypes.ndim != 2 or prototypes.shape[1] != len(projector["mlp.6.weight"]):
+        shape = tuple(prototypes.shape)
+        raise UsageError(f"{path}: prototypes of shape {shape} do not fit its projector; the file is not whole")
+    for name, value in {**projector, "prototypes": prototypes}.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
     hidden, width = projector["mlp.0.weight"].shape[:2]
     head = MLP(width, hidden, len(projector["mlp.6.weight"]), maps=True)
     checkpoint.load_strict(head, projector, f"{path}: projector_{suffix}")

@@ -97,8 +97,11 @@ def prepare(maps: Path, out: Path) -> None:
             raise UsageError(f"{file}: cannot be read ({error})") from None
         if values.ndim != 2 or values.dtype != np.uint8 or ((values > 181) & (values < 255)).any():
             raise UsageError(f"{file}: no pixel map of COCO-Stuff (one channel, values 0 to 181 and 255)")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(target, partial(Image.fromarray(table[values]).save, format="png"))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_whole(target, partial(Image.fromarray(table[values]).save, format="png"))
+        except OSError as error:
+            raise UsageError(f"{out}: cannot be written ({error.strerror}); use another folder") from None
     print(f"{len(files)} masks in {out}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from transfer.probe.predict import Predict, label_maps
 from transfer.probe.scores import VOID, Score
 from transfer.trained import untrained
 from utils import arguments, checkpoint, distributed
+from utils.arguments import at_least
 from utils.device import choose_device
 from utils.errors import UsageError
 from utils.pictures import palette
@@ -84,7 +86,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     features.add_arguments(parser.add_argument_group("features"))
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="folder of results and picture (below output/probe, by probe and CKPT)")
-    group.add_argument("--seed", type=int, default=0, help="of everything drawn by chance")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn by chance")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     return parser
 
@@ -109,11 +111,19 @@ def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     source = args.checkpoint if args.checkpoint == "random" else f"{path.resolve().parent.name}_{path.stem}"
     args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
     encoder = untrained(args.arch, args.seed) if args.checkpoint == "random" else read_encoder(path, args.encoder)
+    _check_writable(args.out)
     task = Task(args, Labelled(args, "train"), Labelled(args, "val"), device)
     encoders = {"checkpoint": encoder} | ({"untrained": untrained(encoder.arch, args.seed)} if args.baseline else {})
     results = {which: probe(task, one) for which, one in encoders.items()}
     if distributed.is_main():
         _write(task, encoder, results)
+
+
+def _check_writable(folder: Path) -> None:
+    """Before an hour's computing rather than after."""
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(f"--out {folder}: cannot be made in {there}; use another folder")
 
 
 def _write(task: Task, encoder: Encoder, results: dict[str, Result]) -> None:

@@ -5,9 +5,10 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from transfer.probe.labelled import Labelled
+from transfer.probe.scores import VOID
 from utils import distributed
+from utils.arguments import at_least
 from utils.device import loader_workers
 from utils.errors import UsageError
 from utils.pictures import normalise
 
+T = TypeVar("T")
 See = Callable[[Tensor], Tensor]
 """Normalised images (B, 3, S, S) -> features (B, C, h, w)."""
 
@@ -45,8 +49,8 @@ class Features:
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags of running an encoder over images."""
     group.add_argument("--cache", type=Path, default=Path("output/features"), help="folder that keeps features")
-    group.add_argument("--batch-size", type=int, default=16, help="images a GPU sees at once")
-    group.add_argument("--num-workers", type=int, default=8, help="processes that decode images, for each GPU")
+    group.add_argument("--batch-size", type=at_least(1), default=16, help="images a GPU sees at once")
+    group.add_argument("--num-workers", type=at_least(0), default=8, help="processes that decode images, for each GPU")
 
 
 def extract(
@@ -59,12 +63,15 @@ def extract(
     Raises:
         UsageError: an image or mask cannot be used, or the disk does not take the features.
     """
-    files = [(str(image), image.stat().st_mtime_ns, str(mask)) for image, mask in labelled.pairs]
+    files = [[(str(path), path.stat().st_mtime_ns) for path in pair] for pair in labelled.pairs]
     key = json.dumps([facts, labelled.size, labelled.classes, files], sort_keys=True)
     folder = args.cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (folder / "facts.json").exists():
-        _fill(folder, see, labelled, args, device, {**facts, "images": len(labelled), "first": files[0][0]})
-    return Features(np.load(folder / "maps.npy", mmap_mode="r"), np.load(folder / "labels.npy", mmap_mode="r"))
+        _fill(folder, see, labelled, args, device, {**facts, "images": len(labelled), "first": files[0][0][0]})
+    found = Features(np.load(folder / "maps.npy", mmap_mode="r"), np.load(folder / "labels.npy", mmap_mode="r"))
+    if all((labels == VOID).all() for labels in found.labels):
+        raise UsageError(f"{labelled.pairs[0][1].parent}: no labelled pixel in its {len(labelled)} masks, all is void")
+    return found
 
 
 def _fill(
@@ -77,13 +84,15 @@ def _fill(
 ) -> None:
     """Write `maps.npy` and `labels.npy`, and `facts.json` once they are whole."""
     size = labelled.size
-    channels, *side = see(torch.zeros(1, 3, size, size, device=device)).shape[1:]
-    shape = (*side, channels)
+    shape = _map_shape(see, size, device)
     count = len(labelled)
     if distributed.is_main():
         _make_room(folder, 2 * count * int(np.prod(shape)) + count * size**2)
-        np.lib.format.open_memmap(folder / "maps.npy", "w+", np.float16, (count, *shape)).flush()
-        np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (count, size, size)).flush()
+        try:
+            np.lib.format.open_memmap(folder / "maps.npy", "w+", np.float16, (count, *shape)).flush()
+            np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (count, size, size)).flush()
+        except OSError as error:
+            raise UsageError(f"--cache {folder}: cannot be written ({error.strerror}); use another folder") from None
     distributed.barrier()
     maps, labels = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("maps", "labels"))
     own = range(distributed.rank(), count, distributed.world_size())
@@ -91,7 +100,7 @@ def _fill(
     hidden = not (sys.stderr.isatty() and distributed.is_main())
     done = 0
     with tqdm(total=len(own), unit="image", desc="features", disable=hidden) as bar, torch.inference_mode():
-        for images, truth in loader:
+        for images, truth in _told(loader):
             where = own[done : done + len(images)]
             seen = see(normalise(images / 255).to(device)).permute(0, 2, 3, 1)
             maps[where] = seen.float().clamp(-_LARGEST, _LARGEST).cpu().numpy()
@@ -104,6 +113,32 @@ def _fill(
     if distributed.is_main():
         (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     distributed.barrier()
+
+
+def _map_shape(see: See, size: int, device: torch.device) -> tuple[int, int, int]:
+    """h, w, C of what an image of `size` pixels gives.
+
+    Raises:
+        UsageError: its cells do not share out the pixels evenly.
+    """
+    try:
+        with torch.inference_mode():
+            channels, height, width = see(torch.zeros(1, 3, size, size, device=device)).shape[1:]
+    except AssertionError as error:  # timm's ViTs
+        raise UsageError(f"--size {size}: not a whole number of patches ({error})") from None
+    if size % height:
+        raise UsageError(
+            f"--size {size}: does not divide into a map of {height} x {width}; use a multiple of the stride"
+        )
+    return height, width, channels
+
+
+def _told(loader: Iterable[T]) -> Iterator[T]:
+    """What the loader gives; a mistake in a worker without the worker's traceback, which it is wrapped into."""
+    try:
+        yield from loader
+    except UsageError as error:
+        raise UsageError(str(error).strip().rpartition("utils.errors.UsageError: ")[2]) from None
 
 
 def _make_room(folder: Path, size: int) -> None:

@@ -12,15 +12,18 @@ from transfer.probe.neighbours import remember
 from transfer.probe.predict import count
 from transfer.probe.scores import score
 from transfer.trained import build_network
+from utils.arguments import at_least
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = make_parser("Dense nearest-neighbour retrieval on a frozen encoder.")
     group = parser.add_argument_group("probe")
-    group.add_argument("--memory", type=int, default=100_000, help="training cells that are kept")
-    group.add_argument("--neighbours", type=int, default=30, help="nearest cells that vote")
-    group.add_argument("--temperature", type=float, default=0.02, help="of the soft-max over their cosines")
+    group.add_argument("--memory", type=at_least(1), default=100_000, help="training cells that are kept")
+    group.add_argument("--neighbours", type=at_least(1), default=30, help="nearest cells that vote")
+    group.add_argument(
+        "--temperature", type=at_least(1e-6, float), default=0.02, help="of the soft-max over their cosines"
+    )
     run(parser.parse_args(argv), "knn", probe)
 
 

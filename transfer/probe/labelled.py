@@ -16,6 +16,7 @@ from data import scenes
 from data.datasets import SUFFIXES
 from transfer.probe import cocostuff
 from transfer.probe.scores import VOID
+from utils.arguments import at_least
 from utils.errors import UsageError
 
 Pairs = list[tuple[Path, Path]]
@@ -85,10 +86,10 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--data-dir", type=Path, required=True, help="the data set; transfer/probe/README.md has layouts"
     )
     group.add_argument(
-        "--size", type=int, default=320, help="short side in pixels, of which the centre square is taken"
+        "--size", type=at_least(1), default=320, help="short side in pixels, of which the centre square is taken"
     )
-    group.add_argument("--train-images", type=int, help="the first so many of the training images (all)")
-    group.add_argument("--val-images", type=int, help="the first so many of the validation images (all)")
+    group.add_argument("--train-images", type=at_least(1), help="the first so many of the training images (all)")
+    group.add_argument("--val-images", type=at_least(1), help="the first so many of the validation images (all)")
     group.add_argument("--val-list", type=Path, help="file of validation images' names, one a line (all)")
 
 
@@ -109,13 +110,18 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
         if listed:
             if not listed.is_file():
                 raise UsageError(f"--val-list {listed}: no such file")
-            names = set(listed.read_text().split())
+            names = {Path(name).stem for name in listed.read_text(errors="replace").split()}
             self.pairs = [pair for pair in self.pairs if pair[0].stem in names]
+            if missing := len(names - {pair[0].stem for pair in self.pairs}):
+                raise UsageError(f"--val-list {listed}: {missing} of its {len(names)} images have no image and mask")
         self.pairs = self.pairs[: args.train_images if split == "train" else args.val_images]
         if not self.pairs:
             raise UsageError(
                 f"--data-dir {args.data_dir}: no pairs of image and mask of {args.dataset}'s {split} split"
             )
+        for path in (path for pair in self.pairs for path in pair):
+            if not path.is_file():
+                raise UsageError(f"{path}: is listed, and is not there")
         self.classes = tuple(layout.classes) or self._count_classes()
 
     def _count_classes(self) -> tuple[str, ...]:
@@ -154,6 +160,8 @@ def _open_mask(path: Path) -> NDArray[np.int64]:
         raise UsageError(f"{path}: cannot be read ({error})") from None
     if values.ndim != 2:
         raise UsageError(f"{path}: has {values.shape[-1]} channels; a mask has one, of class indices")
+    if values.max(initial=0) > VOID:
+        raise UsageError(f"{path}: holds the value {values.max()}; classes are 0 to {VOID - 1}, and {VOID} is void")
     return values.astype(np.int64)
 
 

@@ -12,14 +12,15 @@ from transfer.probe.linear import fit
 from transfer.probe.predict import count
 from transfer.probe.scores import score
 from transfer.trained import build_network
+from utils.arguments import at_least
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = make_parser("Linear segmentation probe on a frozen encoder.")
     group = parser.add_argument_group("probe")
-    group.add_argument("--steps", type=int, default=2000, help="of 1024 cells each")
-    group.add_argument("--lr", type=float, default=1e-3, help="of AdamW, with a cosine to zero")
+    group.add_argument("--steps", type=at_least(1), default=2000, help="of 1024 cells each")
+    group.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="of AdamW, with a cosine to zero")
     run(parser.parse_args(argv), "linear", probe)
 
 

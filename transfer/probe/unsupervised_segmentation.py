@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.encoders import Encoder
@@ -17,6 +19,7 @@ from transfer.probe.command import Result, Task, make_parser, run
 from transfer.probe.predict import count
 from transfer.probe.scores import majority, match, relabel, score
 from transfer.trained import Projections, TrainedSlots, build_network, load_slots, untrained_slots
+from utils.arguments import at_least
 from utils.errors import UsageError
 
 _PRESETS = {"coco-stuff-27": {"clusters": 27}}
@@ -26,9 +29,9 @@ _PRESETS = {"coco-stuff-27": {"clusters": 27}}
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = make_parser("Match clusters found without labels to classes.")
-    group = parser.add_argument_group("probe")
+    group = parser.add_argument_group("probe").add_mutually_exclusive_group()
     said = "k-means with so many, on the encoder's map (27 on coco-stuff-27; else CKPT's prototypes)"
-    group.add_argument("--clusters", type=int, help=said)
+    group.add_argument("--clusters", type=at_least(1), help=said)
     group.add_argument("--prototypes", action="store_true", help="CKPT's prototypes on coco-stuff-27, too")
     args = parser.parse_args(argv)
     if args.clusters is None and not args.prototypes:
@@ -42,10 +45,13 @@ def probe(task: Task, encoder: Encoder) -> Result:
     if args.clusters:
         network = build_network(encoder, args.output_stride)
         train, val = (task.look(split, network, encoder) for split in (task.train, task.val))
+        if args.clusters > (cells := int(np.prod(train.maps.shape[:3]))):
+            raise UsageError(f"--clusters {args.clusters}: more than the {cells} cells of the training images")
         centres = kmeans(train, args.clusters, args.seed).to(task.device)
     else:
         slots = _slots(task, encoder)
-        val = task.look(task.val, Projections(slots), encoder, "projections")
+        sizes = [tuple(value.shape) for value in slots.projector.state_dict().values()]
+        val = task.look(task.val, Projections(slots), encoder, f"projections {sizes}")
         centres = slots.prototypes.detach().to(task.device)
     predict = partial(nearest, centres)
     counts = count(val, predict, classes, len(centres))
