@@ -177,7 +177,7 @@ def _write_tables(
     options = [args.detection_options, args.segmentation_options]
     changed = f"\nNot the published recipe: `{' '.join(filter(None, options))}`\n" if any(options) else ""
     text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n{changed}\n{markdown(rows)}"
-    checkpoint.write_whole(args.out / "results.md", lambda file: file.write(text.encode()))
+    checkpoint.write_text(args.out / "results.md", text)
     return text
 
 
@@ -223,8 +223,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+    checkpoint.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

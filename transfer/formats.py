@@ -55,8 +55,7 @@ def _write_torch(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -
 
 
 def _write_safetensors(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
-    whole = {name: value.contiguous() for name, value in weights.items()}
-    file.write(safetensors.torch.save(whole, metadata={"format": "pt", PROVENANCE: json.dumps(provenance)}))
+    file.write(safetensors.torch.save(weights, metadata={"format": "pt", PROVENANCE: json.dumps(provenance)}))
 
 
 def _write_detectron2(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:

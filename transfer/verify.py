@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from data.scenes import render_scene
-from models.backbones import build_encoder
 from transfer.encoders import Encoder, converted_from, read_encoder, recognise
 from transfer.formats import read_detectron2, torchvision_name
+from transfer.trained import build_network
 from utils import checkpoint
 from utils.batch import MEAN, STD
 from utils.checkpoint import Weights
@@ -168,10 +168,7 @@ def _own_network(arch: str, weights: Weights) -> Network:
         vit: Any = timm.create_model(arch, num_classes=0)
         vit.load_state_dict(weights)
         return vit.eval().forward_features
-    with torch.device("meta"):
-        network, _ = build_encoder(arch)
-    network.load_state_dict(weights, assign=True)
-    return network.eval()
+    return build_network(Encoder(weights, arch, {}))
 
 
 def _timm_network(path: Path, arch: str) -> Network:

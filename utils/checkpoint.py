@@ -60,6 +60,15 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(errno.EIO, getattr(error, "strerror", None) or f"{free:.0f} MiB are free") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def point_to(link: Path, target: Path) -> None:
     """Make `link` the same file as `target`: a hard link, or a copy where the disk has none."""
     temporary = link.with_name(f".{link.name}.tmp")

@@ -215,8 +215,7 @@ def shapes(cfg: CfgNode) -> dict[str, Tensor]:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """The metrics by task (`bbox`, `segm`), in percent, as JSON; null where there was nothing to measure."""
-    text = json.dumps(finite(results), indent=2) + "\n"
-    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+    checkpoint.write_text(path, json.dumps(finite(results), indent=2) + "\n")
 
 
 def finite(value: Any) -> Any:

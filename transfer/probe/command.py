@@ -142,9 +142,8 @@ def _write(task: Task, encoder: Encoder, results: dict[str, Result]) -> None:
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        numbers = json.dumps(content, indent=2) + "\n"
-        checkpoint.write_whole(out / "results.json", lambda file: file.write(numbers.encode()))
-        checkpoint.write_whole(out / "results.md", lambda file: file.write(text.encode()))
+        checkpoint.write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
+        checkpoint.write_text(out / "results.md", text)
         picture = _picture(task, results)
         checkpoint.write_whole(out / "predictions.png", partial(picture.save, format="png"))
     except OSError as error:

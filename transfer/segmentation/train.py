@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import PROVENANCE, misfit
+from transfer.encoders import converted_from, misfit
 from transfer.segmentation import runs
 from utils import checkpoint, distributed
 from utils.checkpoint import Weights
@@ -84,7 +84,7 @@ def read_pretrained(path: Path, config: Any) -> tuple[Weights, dict[str, Any]]:
     if first := misfit(weights, backbone.state_dict()):
         wanted = f"{config.model.backbone.type}{config.model.backbone.get('depth', '')}"
         raise UsageError(f"PRETRAINED {path}: not the config's backbone, a {wanted} ({first}); {_CONVERT}")
-    return weights, dict(state.get(PROVENANCE) or {})
+    return weights, converted_from(state)
 
 
 def _hooks(weights: Weights, provenance: dict[str, Any]) -> list[Any]:
