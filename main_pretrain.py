@@ -15,11 +15,11 @@ import torch
 import data.datasets
 import models.backbones
 from data.loader import Batch, EpochSampler, build_loader
-from data.photometric import apply_colour
+from data.prefetch import prefetch
 from models import METHODS, build_method
 from models.norm import synchronise_batch_norm
 from transfer.probe import online
-from utils import arguments, distributed, pictures, resume
+from utils import arguments, compiler, distributed, pictures, resume
 from utils.device import amp_dtype, choose_device, loader_workers
 from utils.errors import UsageError
 from utils.finite import FiniteGuard
@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if method in METHODS:
         METHODS[method].add_arguments(parser.add_argument_group(f"method {method}"))
     arguments.add_optimisation(parser.add_argument_group("optimisation"))
+    compiler.add_arguments(parser.add_argument_group("speed"))
     arguments.add_run(parser.add_argument_group("run"))
     online.add_arguments(parser.add_argument_group("probe"))
     return parser.parse_args(argv)
@@ -67,6 +68,7 @@ def pretrain(args: argparse.Namespace) -> None:
     dataset = data.datasets.build_dataset(args)
     run = build_run(args, device, len(dataset))
     start, notes = resume.begin(run)
+    notes += run.notes
     probe = online.OnlineProbe(args) if args.probe_freq else None
     distributed.agree("--data-dir and --output-dir", (run.plan, start))
     if args.dry_run:
@@ -86,12 +88,15 @@ def pretrain(args: argparse.Namespace) -> None:
 def build_run(args: argparse.Namespace, device: torch.device, images: int) -> Run:
     """A freshly initialised run over so many images; the same on all ranks."""
     plan = make_plan(args, images, distributed.world_size())
+    notes = compiler.resolve(args, device)
     torch.manual_seed(args.seed)
     method = build_method(args).to(device).to(memory_format=torch.channels_last)
     if device.type == "cuda" and distributed.world_size() > 1:
         synchronise_batch_norm(method)
+    if args.compile:
+        compiler.compile_method(method, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    return Run(args, plan, device, method, build_optimizer(args, method), scaler)
+    return Run(args, plan, device, method, build_optimizer(args, method), scaler, notes)
 
 
 def train(
@@ -101,9 +106,9 @@ def train(
     args, plan = run.args, run.plan
     sampler = EpochSampler(plan, start, args.seed)
     loader = build_loader(dataset, sampler, loader_workers(args.num_workers), pin_memory=run.device.type == "cuda")
-    batches = iter(loader)
     model = distributed.parallel(run.method, run.device)
     guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, plan.images, plan.steps_per_epoch)
+    batches = prefetch(meter.timed(loader), run.device)
     for step in range(start, plan.total_steps):
         batch = optimise(run, model, batches, guard, meter, step)
         log.advance(step + 1)
@@ -136,10 +141,12 @@ def optimise(
         group["lr"] = run.plan.lr(step)
     run.method.update_teacher(run.plan.momentum(step))
     guard.open_step()
+    if args.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
     outputs = []
     for number in range(args.accum_steps):
-        batch = apply_colour(meter.fetch(batches).to(run.device))
-        batch = replace(batch, step=step, epoch=run.plan.epoch(step), seed=args.seed)
+        batch = replace(next(batches), step=step, epoch=run.plan.epoch(step), seed=args.seed)
+        meter.saw(batch)
         last = number == args.accum_steps - 1
         with nullcontext() if last else distributed.no_sync(model):
             with torch.autocast(run.device.type, dtype, enabled=dtype is not None):

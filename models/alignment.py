@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from utils.batch import Batch
 
@@ -33,7 +32,8 @@ def overlap(batch: Batch, a: int, b: int) -> tuple[Tensor, Tensor]:
 def align(maps: Tensor, boxes: Tensor, flips: Tensor, turns: Tensor | None = None) -> Tensor:
     """A view's maps on the pixels of `boxes`, as the unflipped, unturned image shows them.
 
-    RoIAlign (aligned, adaptive sampling) of the box to the full grid, then the turns and the flip are undone.
+    RoIAlign (aligned, adaptive sampling) of the box to the full grid, then the turns and the flip are undone. A box
+    inside the map has one sample a cell; that is linear in rows and in columns, hence two small matrix products.
 
     Args:
         maps: (B, C, H, W), any float type; square where views are turned.
@@ -45,19 +45,23 @@ def align(maps: Tensor, boxes: Tensor, flips: Tensor, turns: Tensor | None = Non
         (B, C, H, W) float32.
     """
     height, width = maps.shape[2:]
-    number = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-    cells = torch.cat([number[:, None], _scale(boxes, width, height)], dim=1)
+    x0, y0, x1, y1 = boxes.unbind(1)
+    rows, columns = _samples(y0, y1, height), _samples(x0, x1, width)
+    if turns is None:
+        columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     with torch.autocast(maps.device.type, enabled=False):
-        aligned = roi_align(maps.float(), cells, (height, width), aligned=True)
-    if turns is not None:
-        aligned = _unturn(aligned, turns)
+        aligned = torch.einsum("biy,bcyx,bjx->bcij", rows, maps.float(), columns)
+    if turns is None:
+        return aligned
+    aligned = _unturn(aligned, turns)
     return torch.where(flips[:, None, None, None], aligned.flip(3), aligned)
 
 
-def _scale(boxes: Tensor, width: int, height: int) -> Tensor:
-    """Boxes (B, 4) of a unit square in cells; without a constant tensor, whose copy would wait for the device."""
-    x0, y0, x1, y1 = boxes.unbind(1)
-    return torch.stack([x0 * width, y0 * height, x1 * width, y1 * height], dim=1)
+def _samples(start: Tensor, end: Tensor, cells: int) -> Tensor:
+    """Weights (B, cells, cells) of a row's cells in as many bilinear samples between start and end (B,), 0..1."""
+    number = torch.arange(cells, device=start.device, dtype=start.dtype)
+    places = start[:, None] * cells - 0.5 + (number + 0.5) * (end - start)[:, None]
+    return (1 - (places.clamp(0, cells - 1)[:, :, None] - number).abs()).clamp(min=0)
 
 
 def _turn_boxes(boxes: Tensor, turns: Tensor) -> Tensor:

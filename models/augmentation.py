@@ -1,10 +1,20 @@
 """Slot-level feature augmentation: each slot's features scaled and shifted at random."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from utils.distributed import all_reduce_sum
+
+
+class Chance(NamedTuple):
+    """What one view of a step draws: factors and shifts (K, D), and a lot in 0..1 for each slot (K,)."""
+
+    alpha: Tensor
+    beta: Tensor
+    lots: Tensor
 
 
 class SlotAugmentation(nn.Module):
@@ -20,25 +30,27 @@ class SlotAugmentation(nn.Module):
         self.shape = (num_slots, dim)
         self.sigma_scale, self.sigma_shift, self.ratio = sigma_scale, sigma_shift, ratio
 
-    def forward(self, features: Tensor, assignment: Tensor, seed: int, step: int, view: int) -> Tensor:
-        """Features (B, D, H, W), and the slot of each position (B, H, W) int64 -> augmented features (B, D, H, W)."""
-        alpha, beta = self.draw(assignment, seed, step, view)
+    def forward(self, features: Tensor, assignment: Tensor, chance: Chance) -> Tensor:
+        """Features (B, D, H, W), the slot of each position (B, H, W) int64, and what was drawn -> the augmented map."""
+        alpha, beta = self.factors(assignment, chance)
         scale, shift = torch.cat([alpha, beta], dim=1)[assignment].movedim(-1, 1).chunk(2, dim=1)
         return torch.addcmul(shift, scale, features.to(scale.dtype))
 
-    @torch.no_grad()
-    def draw(self, assignment: Tensor, seed: int, step: int, view: int) -> tuple[Tensor, Tensor]:
-        """This step's alpha and beta of a view, (K, D) each; 1 and 0 for the slots that are left as they are."""
-        device = assignment.device
+    def chance(self, seed: int, step: int, view: int, device: torch.device) -> Chance:
+        """What a view of this step draws."""
         generator = torch.Generator(device)
         generator.manual_seed(int(np.random.SeedSequence([seed, step, view]).generate_state(1, np.uint64)[0]))
         alpha = torch.randn(self.shape, generator=generator, device=device).mul_(self.sigma_scale).add_(1)
         beta = torch.randn(self.shape, generator=generator, device=device).mul_(self.sigma_shift)
-        if self.ratio < 1:
-            lots = torch.rand(self.shape[0], generator=generator, device=device)
-            chosen = self._choose(assignment, lots)[:, None]
-            alpha, beta = torch.where(chosen, alpha, 1), torch.where(chosen, beta, 0)
-        return alpha, beta
+        return Chance(alpha, beta, torch.rand(self.shape[0], generator=generator, device=device))
+
+    @torch.no_grad()
+    def factors(self, assignment: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
+        """Alpha and beta of every slot, (K, D) each: 1 and 0 for the slots that are left as they are."""
+        if self.ratio == 1:
+            return chance.alpha, chance.beta
+        chosen = self._choose(assignment, chance.lots)[:, None]
+        return torch.where(chosen, chance.alpha, 1), torch.where(chosen, chance.beta, 0)
 
     def _choose(self, assignment: Tensor, lots: Tensor) -> Tensor:
         """The `floor(ratio n)` of the n slots that occur on any rank whose lots (K,) are lowest: (K,) bool."""

@@ -66,7 +66,11 @@ class Grouping(nn.Module):
         self.temperature = temperature
         self.slot_embed = nn.Embedding(num_prototypes, dim)
 
-    def forward(self, features: Tensor) -> Grouped:
-        """Features (B, D, H, W) -> slots (B, K, D) and scores (B, K, H, W)."""
-        scores = prototype_scores(features, self.slot_embed.weight)
+    def scores(self, features: Tensor) -> Tensor:
+        """Features (B, D, H, W) -> scores (B, K, H, W)."""
+        return prototype_scores(features, self.slot_embed.weight)
+
+    def forward(self, features: Tensor, scores: Tensor | None = None) -> Grouped:
+        """Features (B, D, H, W), and their scores where they are known -> slots (B, K, D) and scores (B, K, H, W)."""
+        scores = self.scores(features) if scores is None else scores
         return Grouped(slots(features, scores, self.temperature), scores)

@@ -1,8 +1,13 @@
 """The losses: tensors in, scalar out, in float32 whatever the precision of the networks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_BLOCK = 2**26
+"""Products of queries and keys that are held at a time: 256 MiB."""
 
 
 def distillation(
@@ -44,7 +49,32 @@ def slot_contrast(queries: Tensor, keys: Tensor, positives: Tensor, temperature:
     query = F.normalize(queries.float(), dim=1, eps=1e-12)
     key = F.normalize(keys.detach().float(), dim=1, eps=1e-12)
     with torch.autocast(queries.device.type, enabled=False):
-        logits = ((query / temperature) @ key.T).masked_fill(~there, -torch.inf)
-    targets = positives.masked_fill(~counts, -100)
-    total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        total = _InfoNCE.apply(query / temperature, key, positives, counts, there)
     return 2 * temperature * total / counts.sum().clamp(min=1)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Sum over queries of the cross-entropy of their products with all keys, in memory that grows with the keys alone.
+
+    The products of all queries with all keys would be the largest tensor of a step: 12544 x 12544 at 256 images. Here
+    they live for one block of queries at a time, and the gradient is made on the way forward, while they are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, positives: Tensor, counts: Tensor, there: Tensor) -> Tensor:
+        gradient, total = [], query.new_zeros(())
+        rows = max(1, _BLOCK // len(key))
+        for q, positive, count in zip(query.split(rows), positives.split(rows), counts.split(rows)):
+            logits = (q @ key.T).masked_fill(~there, -torch.inf)
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            loss = log_sum - logits.gather(1, positive[:, None])
+            total = total + torch.where(count[:, None], loss, 0).sum()
+            slope = (logits - log_sum).exp() @ key - key[positive]
+            gradient.append(torch.where(count[:, None], slope, 0))
+        ctx.save_for_backward(torch.cat(gradient))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None, None, None

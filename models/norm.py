@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.heads import RowBatchNorm
-from utils.distributed import all_gather
+from utils.distributed import all_gather, all_gather_with_gradient
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -26,7 +26,26 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(x)
         assert self.num_batches_tracked is not None  # always: statistics are tracked
         self.num_batches_tracked.add_(1)
+        if torch.compiler.is_compiling():
+            return self._normalise(x)
         return _Normalise.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """The same in plain operations, which a compiler fuses with their neighbours; all ranks have equal shapes."""
+        maps = x.float()
+        variance, mean = torch.var_mean(maps, dim=(0, 2, 3), correction=0)
+        means, variances = all_gather_with_gradient(torch.stack([mean, variance])[None]).unbind(1)
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            count = len(means) * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias[:, None, None], maps - mean[:, None, None], scale[:, None, None]).to(x.dtype)
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

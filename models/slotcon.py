@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.alignment import align, overlap
+from models.augmentation import Chance
 from models.backbones import build_encoder
 from models.grouping import Grouped, Grouping, occupied
 from models.heads import MLP
@@ -26,7 +27,8 @@ class Seen(NamedTuple):
     """(B, C, H, W) the encoder's map."""
     projected: Tensor
     """(B, D, H, W) its projection z."""
-    grouped: Grouped
+    scores: Tensor
+    """(B, K, H, W) cosines with the prototypes."""
 
 
 class SlotCon(Method):
@@ -36,6 +38,7 @@ class SlotCon(Method):
     """
 
     center: Tensor
+    compiled = ("_student_sees", "_teacher_sees", "_judge")
 
     @staticmethod
     def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -85,22 +88,39 @@ class SlotCon(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Two views of B images -> `loss` with gradient, and detached parts to log."""
-        student = [_see(view, self.encoder_q, self.projector_q, self.grouping_q) for view in batch.views]
-        with torch.no_grad():
-            teacher = [_see(view, self.encoder_k, self.projector_k, self.grouping_k) for view in batch.views]
-        terms = self._terms(batch, student, teacher)
+        teacher = [self._teacher_sees(view) for view in batch.views]
+        student = [self._student_sees(view) for view in batch.views]
+        return self._judge(batch, student, teacher, self._chance(batch))
+
+    def _student_sees(self, view: Tensor) -> Seen:
+        return _see(view, self.encoder_q, self.projector_q, self.grouping_q)
+
+    @torch.no_grad()
+    def _teacher_sees(self, view: Tensor) -> Seen:
+        return _see(view, self.encoder_k, self.projector_k, self.grouping_k)
+
+    def _chance(self, batch: Batch) -> list[Chance]:
+        """What a loss draws at random; apart from `_judge`, because compiled code takes no generators."""
+        return []
+
+    def _judge(self, batch: Batch, student: list[Seen], teacher: list[Seen], chance: list[Chance]) -> dict[str, Tensor]:
+        """All that follows from the networks' outputs: losses, centre, and the slots' health."""
+        mean = all_reduce_mean(self._mean_scores(teacher))
+        terms = self._terms(batch, student, teacher, chance)
         loss = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
-        self._update_centre(teacher)
+        self._update_centre(mean)
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **self._health(student, teacher)}
 
-    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
+    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen], chance: list[Chance]) -> dict[str, Tensor]:
         """The terms of the loss by name; one of weight 0 is not computed."""
         terms = {}
         if self.weights["loss_group"]:
-            terms["loss_group"] = self._distil(batch, [view.grouped.scores for view in student], teacher)
+            terms["loss_group"] = self._distil(batch, [view.scores for view in student], teacher)
         if self.weights["loss_contrast"]:
-            forth = self._contrast(student[0].grouped, teacher[1].grouped)
-            terms["loss_contrast"] = forth + self._contrast(student[1].grouped, teacher[0].grouped)
+            found = [self.grouping_q(view.projected, view.scores) for view in student]
+            with torch.no_grad():
+                aims = [self.grouping_k(view.projected, view.scores) for view in teacher]
+            terms["loss_contrast"] = self._contrast(found[0], aims[1]) + self._contrast(found[1], aims[0])
         return terms
 
     @torch.no_grad()
@@ -108,7 +128,7 @@ class SlotCon(Method):
         """The teacher's scores of normalised images (B, 3, H, W), by running statistics: (B, K, h, w)."""
         training = self.training
         self.eval()
-        scores = self.grouping_k(self.projector_k(self.encoder_k(images))).scores
+        scores = self.grouping_k.scores(self.projector_k(self.encoder_k(images)))
         self.train(training)
         return scores
 
@@ -119,7 +139,7 @@ class SlotCon(Method):
             boxes_a, meets = overlap(batch, a, b)
             boxes_b, _ = overlap(batch, b, a)
             aligned_student = align(student_scores[a], boxes_a, batch.flips[:, a])
-            aligned_teacher = align(teacher[b].grouped.scores, boxes_b, batch.flips[:, b])
+            aligned_teacher = align(teacher[b].scores, boxes_b, batch.flips[:, b])
             temperatures = self.student_temp, self.teacher_temp
             directions.append(distillation(aligned_student, aligned_teacher, self.center, *temperatures, valid=meets))
         return directions[0] + directions[1]
@@ -139,23 +159,28 @@ class SlotCon(Method):
             """Slots (B, K, D) -> the chosen rows (B * rows, D), zeros where not real (B, K)."""
             return torch.where(real[:, :, None], slots, 0).take_along_dim(chosen[:, :, None], dim=1).flatten(0, 1)
 
-        queries = self.predictor_slot(pick(student.slots, is_query))
         keys = pick(teacher.slots, is_key)
+        keys_of_all = all_gather(keys)  # under way while the predictor runs
+        queries = self.predictor_slot(pick(student.slots, is_query))
         positives = torch.arange(len(keys), device=keys.device) + rank() * len(keys)
-        return slot_contrast(queries, all_gather(keys), positives, self.contrast_temp)
+        return slot_contrast(queries, keys_of_all, positives, self.contrast_temp)
 
     def _health(self, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
-        found, aims = ([view.grouped.scores for view in views] for views in (student, teacher))
+        found, aims = ([view.scores for view in views] for views in (student, teacher))
         return slot_health(found, aims, self.grouping_k.slot_embed.weight, self.center, self.teacher_temp)
 
     @torch.no_grad()
-    def _update_centre(self, teacher: list[Seen]) -> None:
-        """Move the centre towards the mean of the teacher's scores over views, images, positions and ranks."""
-        mean = torch.stack([view.grouped.scores.mean(dim=(0, 2, 3)) for view in teacher]).mean(dim=0, keepdim=True)
-        self.center.lerp_(all_reduce_mean(mean), 1 - self.center_momentum)
+    def _mean_scores(self, teacher: list[Seen]) -> Tensor:
+        """Mean of the teacher's scores over views, images and positions: (1, K)."""
+        return torch.stack([view.scores.mean(dim=(0, 2, 3)) for view in teacher]).mean(dim=0, keepdim=True)
+
+    @torch.no_grad()
+    def _update_centre(self, mean: Tensor) -> None:
+        """Move the centre towards the mean over all ranks (1, K)."""
+        self.center.lerp_(mean, 1 - self.center_momentum)
 
 
-def _see(view: Tensor, encoder: nn.Module, projector: nn.Module, grouping: nn.Module) -> Seen:
+def _see(view: Tensor, encoder: nn.Module, projector: nn.Module, grouping: Grouping) -> Seen:
     encoded = encoder(view)
     projected = projector(encoded)
-    return Seen(encoded, projected, grouping(projected))
+    return Seen(encoded, projected, grouping.scores(projected))

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from models.augmentation import SlotAugmentation
+from models.augmentation import Chance, SlotAugmentation
 from models.grouping import prototype_scores
 from models.slotcon import Seen, SlotCon
 from utils.arguments import at_least, between
@@ -47,23 +47,27 @@ class SlotFA(SlotCon):
             args.num_prototypes, width, args.fa_sigma_scale, args.fa_sigma_shift, args.fa_slot_ratio
         )
 
-    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
-        terms = super()._terms(batch, student, teacher)
+    def _chance(self, batch: Batch) -> list[Chance]:
+        if not self.weights["loss_augmented"]:
+            return []
+        views = range(len(batch.views))
+        return [self.augmentation.chance(batch.seed, batch.step, view, self.center.device) for view in views]
+
+    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen], chance: list[Chance]) -> dict[str, Tensor]:
+        terms = super()._terms(batch, student, teacher, chance)
         if self.weights["loss_augmented"]:
-            slots = [view.grouped.scores.argmax(dim=1) for view in student]
+            slots = [view.scores.argmax(dim=1) for view in student]
             with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
-                scores = [
-                    self._augmented_scores(batch, number, view, slots[number]) for number, view in enumerate(student)
-                ]
+                scores = [self._augmented_scores(*of_view) for of_view in zip(student, slots, chance)]
                 terms["loss_augmented"] = self._distil(batch, scores, teacher)
             moved = [new.argmax(dim=1) != old for new, old in zip(scores, slots)]
             terms["assignments_moved"] = torch.stack(moved).float().mean()
         return terms
 
-    def _augmented_scores(self, batch: Batch, number: int, view: Seen, assignment: Tensor) -> Tensor:
+    def _augmented_scores(self, view: Seen, assignment: Tensor, chance: Chance) -> Tensor:
         """Scores (B, K, H, W) of the student's view after the features of each slot (B, H, W) were augmented."""
         source = view.projected if self.level == "projection" else view.encoded
-        features = self.augmentation(source, assignment, batch.seed, batch.step, number)
+        features = self.augmentation(source, assignment, chance)
         if self.level == "encoder":
             features = self.projector_q(features)
         prototypes = self.grouping_q.slot_embed.weight

@@ -22,6 +22,7 @@ import main_pretrain
 from data.datasets import Sample
 from data.loader import collate
 from data.photometric import MEAN, STD, photometric
+from data.prefetch import prefetch
 from data.scenes import render_scene
 from data.views import ViewRecipe, make_views, slotcon_views
 from utils.batch import Batch
@@ -88,7 +89,7 @@ def training_step(args: argparse.Namespace) -> tuple[Run, Callable[[int], None]]
     device = choose_device(args)
     run = main_pretrain.build_run(args, device, images=1000 * args.batch_size * args.accum_steps)
     batch = scene_batch(args)
-    batches = itertools.repeat(batch.pin_memory() if device.type == "cuda" else batch)
+    batches = prefetch(itertools.repeat(batch.pin_memory() if device.type == "cuda" else batch), device)
     guard, meter = FiniteGuard(run.method, device), Meter(device, run.plan.images, run.plan.steps_per_epoch)
 
     def step(number: int) -> None:

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from models import build_method
-from models.grouping import occupied
+from models.grouping import occupied, prototype_scores
 from models.heads import MLP
 from models.norm import synchronise_batch_norm
 from utils import distributed
@@ -165,8 +165,8 @@ def step_with_lonely_queries(args: argparse.Namespace) -> Result:
     batch = share(make_batch())
     if distributed.rank() == 0:
         with torch.no_grad():  # rank 0's student sees only prototype 0, its teacher only prototype 1
-            method.grouping_q.forward = lambda z: _only(0, method.grouping_q, z)  # type: ignore[union-attr]
-            method.grouping_k.forward = lambda z: _only(1, method.grouping_k, z)  # type: ignore[union-attr]
+            method.grouping_q.scores = lambda z: _only(0, method.grouping_q, z)  # type: ignore[union-attr]
+            method.grouping_k.scores = lambda z: _only(1, method.grouping_k, z)  # type: ignore[union-attr]
     out = model(batch)
     out["loss"].backward()
     gradients = [p.grad for p in method.parameters() if p.requires_grad]
@@ -178,11 +178,11 @@ def step_with_lonely_queries(args: argparse.Namespace) -> Result:
     }
 
 
-def _only(prototype: int, grouping: nn.Module, features: Tensor) -> Any:
-    grouped = type(grouping).forward(grouping, features)
-    lift = torch.zeros(grouped.scores.shape[1])
+def _only(prototype: int, grouping: Any, features: Tensor) -> Tensor:
+    scores = prototype_scores(features, grouping.slot_embed.weight)
+    lift = torch.zeros(scores.shape[1])
     lift[prototype] = 9
-    return grouped._replace(scores=grouped.scores + lift[:, None, None])
+    return scores + lift[:, None, None]
 
 
 def test_a_rank_without_queries_has_no_contrast_and_goes_on(tiny_args: argparse.Namespace, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import main_pretrain
+from data.prefetch import prefetch
 from models.alignment import align
 from models.grouping import Grouping
 from models.losses import distillation, slot_contrast
@@ -45,7 +46,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(flags: list[str], tiny: Callable[...
     dataset = main_pretrain.data.datasets.build_dataset(args)
     run = main_pretrain.build_run(args, device, len(dataset))
     sampler = main_pretrain.EpochSampler(run.plan, 0, args.seed)
-    batches = iter(main_pretrain.build_loader(dataset, sampler, 0, pin_memory=True))
+    batches = prefetch(main_pretrain.build_loader(dataset, sampler, 0, pin_memory=True), device)
     guard, meter = FiniteGuard(run.method, device), Meter(device, len(dataset), 4)
     main_pretrain.optimise(run, run.method, batches, guard, meter, 0)
     torch.cuda.synchronize()

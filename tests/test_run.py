@@ -15,6 +15,7 @@ from torch import Tensor
 import main_pretrain
 from data.datasets import build_dataset
 from data.loader import collate
+from data.prefetch import prefetch
 from models import build_method
 from models.slotcon import SlotCon
 from utils.batch import Batch
@@ -177,7 +178,7 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) ->
         run.plan = dataclasses.replace(run.plan, peak_lr=1.0)
         before = run.method.encoder_q[0].weight.clone()  # type: ignore[index]
         guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, len(dataset), run.plan.steps_per_epoch)
-        main_pretrain.optimise(run, run.method, iter(fed), guard, meter, 0)
+        main_pretrain.optimise(run, run.method, prefetch(fed, run.device), guard, meter, 0)
         return (run.method.encoder_q[0].weight - before).detach()  # type: ignore[index]
 
     alone = main_pretrain.parse_args(tiny(*flags))

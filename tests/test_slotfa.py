@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import main_pretrain
 from models import build_method
-from models.augmentation import SlotAugmentation
+from models.augmentation import Chance, SlotAugmentation
 from tests.reference import augmentation as reference
 from tests.reference import heads
 from tests.reference.compare import relative_error
@@ -74,6 +74,14 @@ EVERYWHERE = torch.arange(64).view(1, 8, 8)  # each of 64 slots at one position
 SIZES = [(1, 1, 1, 1, 1), (2, 3, 5, 4, 6), (3, 16, 7, 3, 2), (1, 2, 256, 7, 5), (2, 33, 2, 1, 9)]  # B, D, K, H, W
 
 
+CPU = torch.device("cpu")
+
+
+def draw(module: Any, assignment: Tensor, seed: int, step: int, view: int) -> tuple[Tensor, Tensor]:
+    """The factors and shifts of a view's slots."""
+    return module.factors(assignment, module.chance(seed, step, view, CPU))
+
+
 class Case(NamedTuple):
     """An augmentation, its two inputs, and the seed, step and view that it is asked for."""
 
@@ -83,10 +91,10 @@ class Case(NamedTuple):
     when: tuple[int, int, int]
 
     def found(self) -> Tensor:
-        return self.module(self.features, self.assignment, *self.when)
+        return self.module(self.features, self.assignment, self.module.chance(*self.when, CPU))
 
     def expected(self) -> Array:
-        alpha, beta = self.module.draw(self.assignment, *self.when)
+        alpha, beta = draw(self.module, self.assignment, *self.when)
         features = self.features.detach().float().numpy()
         return reference.augmented_map(features, self.assignment.numpy(), alpha.numpy(), beta.numpy())
 
@@ -116,7 +124,7 @@ def test_every_position_gets_alpha_x_plus_beta_of_its_own_slot(
     size: tuple[int, int, int, int, int], seed: int, channels_last: bool
 ) -> None:
     case = case_of(size, seed)
-    alpha, beta = case.module.draw(case.assignment, *case.when)
+    alpha, beta = draw(case.module, case.assignment, *case.when)
     assert alpha.shape == beta.shape == (size[2], size[1])
     if channels_last:
         case = case._replace(features=case.features.contiguous(memory_format=torch.channels_last))
@@ -145,7 +153,7 @@ def test_positions_of_one_slot_share_factor_and_shift_in_all_images_and_slots_ha
 
 
 def test_factors_and_shifts_have_the_mean_and_the_standard_deviation_asked_for() -> None:
-    draws = [WIDE.draw(EVERYWHERE, 0, step, step % 2) for step in range(100)]
+    draws = [draw(WIDE, EVERYWHERE, 0, step, step % 2) for step in range(100)]
     for number, (mean, deviation) in enumerate(((1.0, 0.5), (0.0, 2.0))):
         values = torch.stack([draw[number] for draw in draws]).double()
         z = (values - mean) / deviation
@@ -162,7 +170,7 @@ def test_factors_and_shifts_have_the_mean_and_the_standard_deviation_asked_for()
 
 def test_views_steps_and_seeds_have_draws_of_their_own_that_come_again() -> None:
     def first(seed: int, step: int, view: int) -> tuple[float, ...]:
-        alpha, beta = WIDE.draw(EVERYWHERE, seed, step, view)
+        alpha, beta = draw(WIDE, EVERYWHERE, seed, step, view)
         return *alpha.flatten()[:4].tolist(), *beta.flatten()[:4].tolist()
 
     moments = [(seed, step, view) for seed in (0, 1, 2, 10**6) for step in (0, 1, 2, 400_000) for view in (0, 1)]
@@ -173,7 +181,7 @@ def test_views_steps_and_seeds_have_draws_of_their_own_that_come_again() -> None
 
 def test_the_draws_do_not_depend_on_what_is_augmented() -> None:
     few, many = torch.zeros(1, 2, 2, dtype=torch.int64), EVERYWHERE.repeat(3, 1, 1)
-    for found, expected in zip(WIDE.draw(few, 1, 2, 0), WIDE.draw(many, 1, 2, 0)):
+    for found, expected in zip(draw(WIDE, few, 1, 2, 0), draw(WIDE, many, 1, 2, 0)):
         assert torch.equal(found, expected)
 
 
@@ -181,10 +189,10 @@ def test_the_draws_do_not_depend_on_what_is_augmented() -> None:
 def test_a_deviation_of_zero_leaves_factor_one_and_shift_zero(sigma_scale: float, sigma_shift: float) -> None:
     module = SlotAugmentation(8, 6, sigma_scale, sigma_shift)
     features, assignment = torch.randn(2, 6, 3, 3), torch.randint(8, (2, 3, 3))
-    alpha, beta = module.draw(assignment, 0, 0, 0)
+    alpha, beta = draw(module, assignment, 0, 0, 0)
     assert bool((alpha == 1).all()) == (sigma_scale == 0)
     assert bool((beta == 0).all()) == (sigma_shift == 0)
-    same = torch.equal(module(features, assignment, 0, 0, 0), features)
+    same = torch.equal(module(features, assignment, module.chance(0, 0, 0, CPU)), features)
     assert same == (sigma_scale == sigma_shift == 0)
 
 
@@ -202,7 +210,7 @@ def test_the_gradient_reaches_the_features_by_their_slots_factors() -> None:
     case = case_of((2, 5, 4, 3, 2), 3)
     features = case.features.requires_grad_(True)
     case.found().sum().backward()
-    alpha, _ = case.module.draw(case.assignment, *case.when)
+    alpha, _ = draw(case.module, case.assignment, *case.when)
     assert features.grad is not None
     torch.testing.assert_close(features.grad, alpha[case.assignment].movedim(-1, 1))
 
@@ -237,11 +245,11 @@ def test_the_share_of_the_occupied_slots_is_augmented_and_no_other(
     K, here = slots
     assignment = torch.tensor(here).view(1, 1, -1)
     module = SlotAugmentation(K, 3, 1.0, 1.0, ratio)
-    alpha, beta = module.draw(assignment, 0, step, 0)
+    alpha, beta = draw(module, assignment, 0, step, 0)
     chosen = augmented_slots(alpha, beta)
     assert len(chosen) == reference.how_many(ratio, [assignment.numpy()])
     assert set(chosen) <= set(reference.occupied([assignment.numpy()]))
-    every_alpha, every_beta = SlotAugmentation(K, 3, 1.0, 1.0).draw(assignment, 0, step, 0)
+    every_alpha, every_beta = draw(SlotAugmentation(K, 3, 1.0, 1.0), assignment, 0, step, 0)
     assert torch.equal(alpha[chosen], every_alpha[chosen])
     assert torch.equal(beta[chosen], every_beta[chosen])
 
@@ -250,7 +258,7 @@ def test_every_occupied_slot_has_the_same_chance_to_be_augmented() -> None:
     module, assignment = SlotAugmentation(9, 1, 1.0, 1.0, 0.75), torch.tensor([[[1, 3, 4, 4, 8, 0, 1]]])
     counts = torch.zeros(9)
     for step in range(2000):
-        counts[augmented_slots(*module.draw(assignment, 0, step, 1))] += 1
+        counts[augmented_slots(*draw(module, assignment, 0, step, 1))] += 1
     assert counts[[2, 5, 6, 7]].sum() == 0
     assert (counts[[0, 1, 3, 4, 8]] / 2000 - 3 / 5).abs().max() < 0.05  # floor(0.75 x 5) = 3 of 5
 
@@ -262,14 +270,14 @@ def record_draws(method: nn.Module) -> list[Draw]:
     """What the method draws from now on."""
     draws: list[Draw] = []
     augmentation: Any = method.augmentation
-    draw = augmentation.draw
+    factors = augmentation.factors
 
-    def recorded(assignment: Tensor, seed: int, step: int, view: int) -> tuple[Tensor, Tensor]:
-        alpha, beta = draw(assignment, seed, step, view)
+    def recorded(assignment: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
+        alpha, beta = factors(assignment, chance)
         draws.append((assignment, alpha, beta))
         return alpha, beta
 
-    augmentation.draw = recorded
+    augmentation.factors = recorded
     return draws
 
 
@@ -293,8 +301,7 @@ def compose_slotfa(method: nn.Module, batch: Batch, level: str) -> Expected:
     augmented = []
     for number, view in enumerate(batch.views):
         assigned = reference.assignment(students[number])
-        draw: Any = method.augmentation.draw
-        alpha, beta = draw(torch.from_numpy(assigned), batch.seed, batch.step, number)
+        alpha, beta = draw(method.augmentation, torch.from_numpy(assigned), batch.seed, batch.step, number)
         with torch.no_grad():
             source = inputs.student[number] if level == "projection" else doubled(method.encoder_q(view))
         features = reference.augmented_map(source, assigned, doubled(alpha), doubled(beta))
@@ -506,7 +513,7 @@ def test_with_lambda_below_1_the_predictor_runs_and_learns() -> None:
 @pytest.mark.parametrize("flags", [["--fa-loss-weight", "0"], ["--group-loss-weight", "0"]])
 def test_an_augmented_loss_of_weight_0_is_neither_drawn_nor_computed(flags: list[str], level: str) -> None:
     method, plain = slotfa(*flags, "--fa-level", level), build("slotcon")
-    method.augmentation.draw = fail
+    method.augmentation.chance = fail
     method.augmentation.register_forward_pre_hook(fail)
     runs: list[int] = []
     method.projector_q.register_forward_hook(lambda *_: runs.append(1))
@@ -555,7 +562,7 @@ def steps_on_a_rank() -> dict[str, Any]:
         }
     module = SlotAugmentation(9, 4, 1.0, 1.0, 0.75)
     assignment = torch.tensor([[HERE[distributed.rank()]]])
-    result["chosen"] = [augmented_slots(*module.draw(assignment, 0, step, 0)) for step in range(TIMES)]
+    result["chosen"] = [augmented_slots(*draw(module, assignment, 0, step, 0)) for step in range(TIMES)]
     return result
 
 

@@ -1,5 +1,6 @@
 """What a loader yields and a method takes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,26 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
+class Sources:
+    """The images of a batch whose views are still to be cut, on the host.
+
+    One tensor holds them all: every tensor that a worker sends costs a file descriptor.
+    """
+
+    data: Tensor
+    """(N,) uint8: the images one after another."""
+    shapes: list[tuple[int, ...]]
+    """(n,) of a JPEG file of n bytes, (3, H, W) of pixels."""
+    names: list[str]
+    """Their files, as `Batch.unreadable` names them."""
+
+    def images(self) -> list[Tensor]:
+        """B tensors uint8 of these shapes, parts of `data`."""
+        parts = self.data.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes)]
+
+
+@dataclass
 class Batch:
     """B images seen in V views, with the facts that say where every view comes from.
 
@@ -19,7 +40,8 @@ class Batch:
     """
 
     views: list[Tensor]
-    """V tensors (B, 3, S_v, S_v): uint8 from the workers, normalised float32 once `photometric` has run."""
+    """V tensors (B, 3, S_v, S_v): uint8 from the workers, normalised float32 once `photometric` has run; none
+    before they are cut from the sources."""
     crops: Tensor
     """(B, V, 4) float32: x0 y0 x1 y1 of each crop in pixels of the source image."""
     flips: Tensor
@@ -32,6 +54,8 @@ class Batch:
     """(B, V, P) float32 on the host: the drawn parameters of the colour operations; None once they are applied."""
     unreadable: tuple[str, ...] = ()
     """Files that could not be read; another image of the dataset took the place of each."""
+    sources: Sources | None = None
+    """What `data.decode.decode_views` cuts the views from; None once they are cut, or where the workers do it."""
     step: int = 0
     epoch: float = 0.0
     seed: int = 0
@@ -49,11 +73,18 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host.
 
-        `colour` stays on the host, where `photometric` reads which images take part in what.
+        `colour` stays on the host, where `photometric` reads which images take part in what, and so do the
+        `sources`, whose bytes the decoder wants there.
         """
         to_gpu = torch.device(device).type == "cuda"  # only such copies are ordered before their use
         return self._with(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
+        """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`); not its `sources`,
+        which the decoder copies itself."""
         return self._with(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Have the memory of tensors on a GPU outlive what `stream` does with them."""
+        for tensor in (*self.views, self.crops, self.flips, self.turns, self.index):
+            tensor.record_stream(stream)

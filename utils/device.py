@@ -15,7 +15,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     """This process's device; `args.device` and `args.amp` are set to what was chosen.
 
     Raises:
-        UsageError: a GPU was asked for and is not there.
+        UsageError: a GPU was asked for and is not there, or is not used.
     """
     gpus = torch.cuda.device_count()
     if args.device == "auto":
@@ -24,6 +24,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         raise UsageError("--device cuda: there is no GPU here; use --device cpu")
     if args.device == "cuda" and distributed.local_world_size() > gpus:
         raise UsageError(f"--device cuda: {distributed.local_world_size()} processes here and {gpus} GPUs; use fewer")
+    if args.device != "cuda" and getattr(args, "decode", "cpu") == "gpu":  # not every command has --decode
+        raise UsageError(f"--decode gpu: the run is on the {args.device.upper()}; use --decode cpu")
     if args.amp is None:
         args.amp = _best_precision(args.device)
     if args.device == "cpu":
@@ -31,6 +33,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
+    if args.amp != "off":  # float32 products round their factors to 10 bits, the networks' types to 7 or 10
+        torch.set_float32_matmul_precision("high")
     return device
 
 

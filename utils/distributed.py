@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,6 +61,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, without gradient; the argument stays as it is."""
     if not dist.is_initialized():
@@ -70,8 +76,10 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over ranks, without gradient."""
-    return all_reduce_sum(tensor) / world_size() if dist.is_initialized() else tensor
+    """Mean over ranks, without gradient; under way until the result is first used."""
+    if not dist.is_initialized():
+        return tensor
+    return functional.all_reduce(tensor.detach() / world_size(), "sum", _world())
 
 
 def all_reduce_with_gradient(tensor: Tensor) -> Tensor:
@@ -90,12 +98,30 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """All ranks' tensors (N, ...) one after the other, (ranks * N, ...), without gradient."""
+    """All ranks' tensors (N, ...) one after the other, (ranks * N, ...), without gradient.
+
+    Under way until the result is first used.
+    """
     if not dist.is_initialized():
         return tensor.detach()
-    gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
-    return gathered
+    return functional.all_gather_tensor(tensor.detach().contiguous(), 0, _world())
+
+
+def all_gather_with_gradient(tensor: Tensor) -> Tensor:
+    """The same with gradient, which sums over ranks."""
+    return _AllGather.apply(tensor) if dist.is_initialized() else tensor
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient).chunk(world_size())[rank()]
 
 
 def all_gather_object(thing: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Averages between two reports, kept on the device and read once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,14 +34,21 @@ class Meter:
         self._steps, self._waited, self._seen = 0, 0.0, 0
         self._since = time.monotonic()
 
-    def fetch(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; how long it took counts as waiting for data."""
-        began = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - began
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; how long they let one wait counts as waiting for data."""
+        remaining = iter(batches)
+        while True:
+            began = time.monotonic()
+            batch = next(remaining, None)
+            self._waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def saw(self, batch: Batch) -> None:
+        """A batch that is worked on."""
         self._seen += len(batch.index)
         self._new.update(set(batch.unreadable) - set(self.unreadable))
-        return batch
 
     @torch.no_grad()
     def add(self, outputs: list[dict[str, Tensor]], gradient_norm: Tensor, go: Tensor, bad: Tensor) -> None:

@@ -19,6 +19,8 @@ class Method(nn.Module, ABC):
     """The student's encoder: images (B, 3, H, W) -> map (B, C, h, w)."""
     encoder_k: nn.Module
     """The teacher's."""
+    compiled: tuple[str, ...] = ()
+    """What `--compile` compiles: methods of fixed shapes, tensors in and tensors out, that read nothing back."""
 
     @staticmethod
     @abstractmethod

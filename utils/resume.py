@@ -21,6 +21,7 @@ from utils.run import Run
 # Arguments that say how to start, and those that do not change what a run learns.
 _CONTROL = {"allow_changes", "auto_resume", "dry_run", "init", "output_dir", "resume", "start_epoch"}
 _HARMLESS = {"data_dir", "num_workers", "print_freq", "save_freq", "probe_dataset", "probe_dir", "probe_freq"}
+_HARMLESS |= {"compile", "cuda_graphs", "activation_budget"}
 # Arguments that decide what the state of an optimiser and a method is.
 _FIXED = {"method", "optimizer"}
 

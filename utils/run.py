@@ -23,6 +23,8 @@ class Run:
     method: Method
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    notes: list[str]
+    """What a user should know of how it runs."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class Run:
             "images": f"{plan.images} of {args.dataset} in {args.data_dir}",
             "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}"
             + (", batch norm of each process on its own (synchronising it needs GPUs)" if alone else ""),
+            "compiled": "no" if not args.compile else "with CUDA graphs" if args.cuda_graphs else "yes",
             "workers": f"{loader_workers(args.num_workers)} for each process",
             "effective batch": f"{plan.effective_batch} = {plan.batch_size} over all processes x {plan.accum_steps}",
             "learning rate": f"{plan.peak_lr:g} = {args.base_lr:g} x {plan.effective_batch} / 256, {args.optimizer}",

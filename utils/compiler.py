@@ -1,0 +1,65 @@
+"""Compiled code: which parts of a method, in what mode, and whether this machine can."""
+
+import argparse
+
+import torch
+
+from utils.arguments import between
+from utils.errors import UsageError
+from utils.method import Method
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """How the step is carried out; none of it changes what is computed but for rounding."""
+    flag = argparse.BooleanOptionalAction
+    group.add_argument("--compile", action=flag, default=None, help="compile the step; default: on GPUs")
+    group.add_argument(
+        "--cuda-graphs", action=flag, default=False, help="replay a step's launches: for small batches"
+    )
+    group.add_argument(
+        "--activation-budget",
+        type=between(0, 1),
+        default=1.0,
+        help="share of the activations that are kept for the backward; the others are computed again",
+    )
+
+
+def resolve(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """Set `args.compile` to what is asked for or, if nothing is, fits the device.
+
+    Returns:
+        What a user has to know.
+
+    Raises:
+        UsageError: a flag asks for what only compiled code, or only a GPU, can do.
+    """
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    if args.cuda_graphs and (device.type != "cuda" or args.accum_steps > 1):
+        raise UsageError("--cuda-graphs: only on GPUs and with --accum-steps 1; leave it out")
+    for flag, wanted in (("--cuda-graphs", args.cuda_graphs), ("--activation-budget", args.activation_budget < 1)):
+        if wanted and not args.compile:
+            raise UsageError(f"{flag}: works by compilation; add --compile")
+    if not args.compile or not (reason := _obstacle(device)):
+        return []
+    args.compile = False
+    return [f"not compiled, and slower for it: {reason}"]
+
+
+def _obstacle(device: torch.device) -> str:
+    """Why nothing can be compiled for `device` here, or nothing."""
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device, requires_grad=True)).sum().backward()
+    except Exception as error:  # a compiler is missing, or Triton does not know the GPU: every version raises its own
+        torch.compiler.reset()
+        return next(line for line in str(error).splitlines() if line.strip())
+    return ""
+
+
+def compile_method(method: Method, args: argparse.Namespace) -> None:
+    """Compile the method's parts in place, at their first use; what cannot be is run as it is, with a warning."""
+    torch._dynamo.config.suppress_errors = True
+    torch._functorch.config.activation_memory_budget = args.activation_budget
+    mode = "reduce-overhead" if args.cuda_graphs else "default"
+    for name in method.compiled:
+        setattr(method, name, torch.compile(getattr(method, name), mode=mode, dynamic=False))
