@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SlotCon and SlotFA's three presets: the same photographs, budget and seeds, measured by the linear probe beside the
+# SlotCon, SlotFA's three presets, and its first with smaller sigmas: the same photographs, budget and seeds, measured by the linear probe beside the
 # untrained encoder. The budget is a CPU's; more flags of main_pretrain.py replace it. Run again, it goes on.
 #   DATA=/data/coco OUT=output/compare SEEDS="0 1 2" ./scripts/compare.sh [more flags of main_pretrain.py]
 # DATA is COCO's layout with semantic27/ (transfer/probe/README.md).
@@ -30,7 +30,9 @@ for seed in ${SEEDS:-0 1 2}; do
     one SlotFA_contrast "$seed" "$@"
     METHOD=(--method slotfa --no-fa-gradient)
     one SlotFA_released "$seed" "$@"
-    METHOD=(--method slotfa --fa-sigma-scale 0.1 --fa-sigma-shift 0.1)
-    one SlotFA_paper_sigma_0.1 "$seed" "$@"
+    for sigma in 0.5 0.1; do
+        METHOD=(--method slotfa --fa-sigma-scale "$sigma" --fa-sigma-shift "$sigma")
+        one SlotFA_paper_sigma_$sigma "$seed" "$@"
+    done
 done
 python "$ROOT/transfer/probe/compare.py" "$OUT"

@@ -48,6 +48,7 @@ def test_the_script_trains_and_measures_the_same_budget_for_all(photographs: Pat
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    names = {"SlotCon", "SlotFA paper", "SlotFA contrast", "SlotFA released", "SlotFA paper sigma 0.1"}
+    names = {"SlotCon", "SlotFA paper", "SlotFA contrast", "SlotFA released"}
+    names |= {"SlotFA paper sigma 0.1", "SlotFA paper sigma 0.5"}
     assert {line.split(" | ")[0].removeprefix("| ") for line in done.stdout.splitlines()[2:]} == names
     assert "step" not in done.stderr
