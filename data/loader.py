@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data.datasets import Sample, SceneDataset, build_dataset
+from data.decode import pack
 from utils import distributed
 from utils.batch import Batch
 from utils.plan import Plan
@@ -43,7 +44,8 @@ class EpochSampler(Sampler[list[int]]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples of B images -> a batch on the CPU, views uint8, colour not yet applied."""
+    """Samples of B images -> a batch on the CPU, views uint8 or not yet cut, colour not yet applied."""
+    sources = [sample.source for sample in samples if sample.source is not None]
     return Batch(
         views=[torch.stack(view) for view in zip(*(sample.views for sample in samples))],
         crops=torch.stack([sample.crops for sample in samples]),
@@ -52,6 +54,7 @@ def collate(samples: list[Sample]) -> Batch:
         index=torch.tensor([sample.index for sample in samples]),
         colour=torch.stack([sample.colour for sample in samples]),
         unreadable=tuple(name for sample in samples for name in sample.unreadable),
+        sources=pack(sources) if sources else None,
     )
 
 

@@ -43,7 +43,7 @@ class ViewSet(NamedTuple):
     """V views of one image, as a worker sends them; the facts are those of `utils.batch.Batch`."""
 
     views: list[Tensor]
-    """V tensors (3, S_v, S_v) uint8."""
+    """V tensors (3, S_v, S_v) uint8; none before they are cut."""
     crops: Tensor
     """(V, 4) float32."""
     flips: Tensor
@@ -61,21 +61,30 @@ def slotcon_views(image_size: int, min_scale: float) -> tuple[ViewRecipe, ViewRe
 
 
 def make_views(image: Image.Image, recipes: Sequence[ViewRecipe], seed: int, epoch: int, index: int) -> ViewSet:
-    """Draw and cut the views of image number `index`; every crop after the first is drawn to meet the first."""
-    pixels = rgb_pixels(image)
+    """Draw and cut the views of image number `index`."""
+    drawn = draw_views(image.size, recipes, seed, epoch, index)
+    pixels, boxes = rgb_pixels(image), drawn.crops.int().tolist()
+    views = [cut(pixels, box, recipe.size, flip) for box, recipe, flip in zip(boxes, recipes, drawn.flips.tolist())]
+    return drawn._replace(views=views)
+
+
+def draw_views(
+    image_size: tuple[int, int], recipes: Sequence[ViewRecipe], seed: int, epoch: int, index: int
+) -> ViewSet:
+    """Draw the views of image number `index`, of (width, height), without cutting them; every crop after the first
+    is drawn to meet the first."""
     boxes: list[Box] = []
-    views, flips, colour = [], [], []
+    flips, colour = [], []
     for number, recipe in enumerate(recipes):
         rng = np.random.default_rng([seed, epoch, index, number])
-        boxes.append(draw_crop(rng, image.size, recipe, meet=boxes[0] if boxes else None))
+        boxes.append(draw_crop(rng, image_size, recipe, meet=boxes[0] if boxes else None))
         flips.append(bool(rng.random() < recipe.flip_p))
         colour.append(draw_colour(rng, recipe.colour))
-        views.append(cut(pixels, boxes[-1], recipe.size, flips[-1]))
     return ViewSet(
-        views,
+        [],
         torch.tensor(boxes, dtype=torch.float32),
         torch.tensor(flips),
-        torch.zeros(len(views), dtype=torch.int64),
+        torch.zeros(len(boxes), dtype=torch.int64),
         torch.from_numpy(np.stack(colour)),
     )
 
