@@ -108,7 +108,7 @@ def train(
     loader = build_loader(dataset, sampler, loader_workers(args.num_workers), pin_memory=run.device.type == "cuda")
     model = distributed.parallel(run.method, run.device)
     guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, plan.images, plan.steps_per_epoch)
-    batches = prefetch(meter.timed(loader), run.device)
+    batches = prefetch(meter.timed(loader), run.device, dataset.recipes)
     for step in range(start, plan.total_steps):
         batch = optimise(run, model, batches, guard, meter, step)
         log.advance(step + 1)

@@ -90,7 +90,11 @@ class SlotCon(Method):
         """Two views of B images -> `loss` with gradient, and detached parts to log."""
         teacher = [self._teacher_sees(view) for view in batch.views]
         student = [self._student_sees(view) for view in batch.views]
-        return self._judge(batch, student, teacher, self._chance(batch))
+        # Of a copy: what the backward computes again must not see the centre that has moved since.
+        terms, measures, centre = self._judge(batch, student, teacher, self.center.clone(), self._chance(batch))
+        self.center.copy_(centre)
+        loss = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **measures}
 
     def _student_sees(self, view: Tensor) -> Seen:
         return _see(view, self.encoder_q, self.projector_q, self.grouping_q)
@@ -103,19 +107,24 @@ class SlotCon(Method):
         """What a loss draws at random; apart from `_judge`, because compiled code takes no generators."""
         return []
 
-    def _judge(self, batch: Batch, student: list[Seen], teacher: list[Seen], chance: list[Chance]) -> dict[str, Tensor]:
-        """All that follows from the networks' outputs: losses, centre, and the slots' health."""
-        mean = all_reduce_mean(self._mean_scores(teacher))
-        terms = self._terms(batch, student, teacher, chance)
-        loss = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
-        self._update_centre(mean)
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **self._health(student, teacher)}
+    def _judge(
+        self, batch: Batch, student: list[Seen], teacher: list[Seen], centre: Tensor, chance: list[Chance]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """What follows from the networks' outputs: the terms of the loss, measures to log, and the next centre."""
+        mean = all_reduce_mean(_mean_scores(teacher))  # under way while the terms are computed
+        terms = self._terms(batch, student, teacher, centre, chance)
+        following = centre.lerp(mean, 1 - self.center_momentum)
+        found, aims = ([view.scores for view in views] for views in (student, teacher))
+        prototypes = self.grouping_k.slot_embed.weight
+        return terms, slot_health(found, aims, prototypes, following, self.teacher_temp), following
 
-    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen], chance: list[Chance]) -> dict[str, Tensor]:
+    def _terms(
+        self, batch: Batch, student: list[Seen], teacher: list[Seen], centre: Tensor, chance: list[Chance]
+    ) -> dict[str, Tensor]:
         """The terms of the loss by name; one of weight 0 is not computed."""
         terms = {}
         if self.weights["loss_group"]:
-            terms["loss_group"] = self._distil(batch, [view.scores for view in student], teacher)
+            terms["loss_group"] = self._distil(batch, [view.scores for view in student], teacher, centre)
         if self.weights["loss_contrast"]:
             found = [self.grouping_q(view.projected, view.scores) for view in student]
             with torch.no_grad():
@@ -132,7 +141,7 @@ class SlotCon(Method):
         self.train(training)
         return scores
 
-    def _distil(self, batch: Batch, student_scores: list[Tensor], teacher: list[Seen]) -> Tensor:
+    def _distil(self, batch: Batch, student_scores: list[Tensor], teacher: list[Seen], centre: Tensor) -> Tensor:
         """Distil the teacher's grouping of each view into the student's of the other, on the pixels that both show."""
         directions = []
         for a, b in ((0, 1), (1, 0)):
@@ -141,7 +150,7 @@ class SlotCon(Method):
             aligned_student = align(student_scores[a], boxes_a, batch.flips[:, a])
             aligned_teacher = align(teacher[b].scores, boxes_b, batch.flips[:, b])
             temperatures = self.student_temp, self.teacher_temp
-            directions.append(distillation(aligned_student, aligned_teacher, self.center, *temperatures, valid=meets))
+            directions.append(distillation(aligned_student, aligned_teacher, centre, *temperatures, valid=meets))
         return directions[0] + directions[1]
 
     def _contrast(self, student: Grouped, teacher: Grouped) -> Tensor:
@@ -165,19 +174,11 @@ class SlotCon(Method):
         positives = torch.arange(len(keys), device=keys.device) + rank() * len(keys)
         return slot_contrast(queries, keys_of_all, positives, self.contrast_temp)
 
-    def _health(self, student: list[Seen], teacher: list[Seen]) -> dict[str, Tensor]:
-        found, aims = ([view.scores for view in views] for views in (student, teacher))
-        return slot_health(found, aims, self.grouping_k.slot_embed.weight, self.center, self.teacher_temp)
 
-    @torch.no_grad()
-    def _mean_scores(self, teacher: list[Seen]) -> Tensor:
-        """Mean of the teacher's scores over views, images and positions: (1, K)."""
-        return torch.stack([view.scores.mean(dim=(0, 2, 3)) for view in teacher]).mean(dim=0, keepdim=True)
-
-    @torch.no_grad()
-    def _update_centre(self, mean: Tensor) -> None:
-        """Move the centre towards the mean over all ranks (1, K)."""
-        self.center.lerp_(mean, 1 - self.center_momentum)
+@torch.no_grad()
+def _mean_scores(views: list[Seen]) -> Tensor:
+    """Mean of the scores over views, images and positions: (1, K)."""
+    return torch.stack([view.scores.mean(dim=(0, 2, 3)) for view in views]).mean(dim=0, keepdim=True)
 
 
 def _see(view: Tensor, encoder: nn.Module, projector: nn.Module, grouping: Grouping) -> Seen:

@@ -53,13 +53,15 @@ class SlotFA(SlotCon):
         views = range(len(batch.views))
         return [self.augmentation.chance(batch.seed, batch.step, view, self.center.device) for view in views]
 
-    def _terms(self, batch: Batch, student: list[Seen], teacher: list[Seen], chance: list[Chance]) -> dict[str, Tensor]:
-        terms = super()._terms(batch, student, teacher, chance)
+    def _terms(
+        self, batch: Batch, student: list[Seen], teacher: list[Seen], centre: Tensor, chance: list[Chance]
+    ) -> dict[str, Tensor]:
+        terms = super()._terms(batch, student, teacher, centre, chance)
         if self.weights["loss_augmented"]:
             slots = [view.scores.argmax(dim=1) for view in student]
             with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
                 scores = [self._augmented_scores(*of_view) for of_view in zip(student, slots, chance)]
-                terms["loss_augmented"] = self._distil(batch, scores, teacher)
+                terms["loss_augmented"] = self._distil(batch, scores, teacher, centre)
             moved = [new.argmax(dim=1) != old for new, old in zip(scores, slots)]
             terms["assignments_moved"] = torch.stack(moved).float().mean()
         return terms
