@@ -15,23 +15,22 @@ _NUMBERED = 48
 
 
 def draw_usage(survey: Survey, dpi: int, facts: str) -> Figure:
-    """Slots an image on the left; on the right each prototype's share of images and of the area, most used first."""
+    """Slots an image on the left; on the right the shares of images and of the area of each prototype in use."""
     figure = Figure(figsize=(11, 5.2), dpi=dpi, facecolor="white")
     grid = figure.add_gridspec(
         2, 2, width_ratios=(1, 1.9), left=0.07, right=0.98, top=0.83, bottom=0.11, wspace=0.22, hspace=0.3
     )
-    count = len(survey.prototypes)
-    figure.text(
-        0.023, 0.965, f"{len(survey.used)} of {count} prototypes are used", fontsize=12, weight="bold", va="top"
-    )
+    used = len(survey.used)
+    title = f"{used} of {len(survey.prototypes)} prototypes are used"
+    figure.text(0.023, 0.965, title, fontsize=12, weight="bold", va="top")
     effective = f"the area is divided as among {survey.effective:.1f} equal ones"
     figure.text(0.023, 0.915, f"{facts} · {effective}", fontsize=8.5, color=PALE, va="top", parse_math=False)
     _draw_histogram(figure.add_subplot(grid[:, 0]), survey)
-    order = np.argsort(-survey.images_using.cpu().numpy(), kind="stable")
+    order = np.argsort(-survey.images_using.cpu().numpy(), kind="stable")[:used]
     images, area = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
     _draw_bars(images, 100 * survey.images_using.cpu().numpy() / survey.images, order, "% of images that use it")
     _draw_bars(area, 100 * survey.area.cpu().numpy() / survey.images, order, "% of the area it wins")
-    area.set_xlabel("prototype, most used first" if count <= _NUMBERED else "prototypes, most used first")
+    area.set_xlabel("prototype, most used first" if used <= _NUMBERED else "prototypes in use, most used first")
     return figure
 
 
