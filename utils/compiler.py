@@ -13,9 +13,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     """How the step is carried out; none of it changes what is computed but for rounding."""
     flag = argparse.BooleanOptionalAction
     group.add_argument("--compile", action=flag, default=None, help="compile the step; default: on GPUs")
-    group.add_argument(
-        "--cuda-graphs", action=flag, default=False, help="replay a step's launches: for small batches"
-    )
+    group.add_argument("--cuda-graphs", action=flag, default=False, help="replay a step's launches: for small batches")
     group.add_argument(
         "--activation-budget",
         type=between(0, 1),
