@@ -23,6 +23,8 @@ from data.photometric import to_device
 from data.views import Box, ViewRecipe, rgb_pixels
 from utils.batch import Batch, Sources
 
+COARSEST = 16
+"""Sides of a square to the longer side of its crop, beyond which pixels are averaged first."""
 CHUNK = 64
 """Crops resampled at a time: bounds the float32 copies of them."""
 
@@ -138,7 +140,13 @@ def _cut(images: list[Tensor], boxes: list[Box], flips: Tensor, size: int) -> Te
     for first in range(0, len(images), CHUNK):
         chunk = zip(images[first : first + CHUNK], boxes[first : first + CHUNK])
         crops = [image[None, :, y0:y1, x0:x1].float() for image, (x0, y0, x1, y1) in chunk]
-        squares = [F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True) for crop in crops]
+        squares = [F.interpolate(_coarse(crop, size), (size, size), mode="bicubic", antialias=True) for crop in crops]
         parts.append(torch.cat(squares).round_().clamp_(0, 255).to(torch.uint8))
     views = torch.cat(parts)
     return torch.where(flips[:, None, None, None], views.flip(3), views)
+
+
+def _coarse(crop: Tensor, size: int) -> Tensor:
+    """A crop (1, 3, H, W) whose sides are at most `COARSEST` times the square's: far beyond, CUDA's filter fails."""
+    factor = -(-max(crop.shape[2:]) // (COARSEST * size))
+    return F.avg_pool2d(crop, factor, ceil_mode=True, count_include_pad=False) if factor > 1 else crop

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 2**26
-"""Products of queries and keys that are held at a time: 256 MiB."""
+"""Products of queries and keys that are held at a time: 256 MiB,"""
+_MOST_BLOCKS = 16
+"""and more where that would be more blocks than a compiler should unroll."""
 
 
 def distillation(
@@ -63,7 +65,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, positives: Tensor, counts: Tensor, there: Tensor) -> Tensor:
         gradient, total = [], query.new_zeros(())
-        rows = max(1, _BLOCK // len(key))
+        rows = max(1, _BLOCK // len(key), -(-len(query) // _MOST_BLOCKS))
         for q, positive, count in zip(query.split(rows), positives.split(rows), counts.split(rows)):
             logits = (q @ key.T).masked_fill(~there, -torch.inf)
             log_sum = logits.logsumexp(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.heads import RowBatchNorm
-from utils.distributed import all_gather, all_gather_with_gradient
+from utils.distributed import all_gather_with_gradient
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -80,7 +80,9 @@ class _Normalise(torch.autograd.Function):
         channels = x.shape[1]
         mean, invstd = torch.batch_norm_stats(x, eps)
         count = torch.full((1,), x.numel() // channels, dtype=mean.dtype, device=mean.device)
-        of_ranks = all_gather(torch.cat([mean, invstd, count])[None])
+        mine = torch.cat([mean, invstd, count])
+        of_ranks = mine.new_empty(dist.get_world_size(), len(mine))
+        dist.all_gather_into_tensor(of_ranks, mine[None])
         means, invstds, counts = of_ranks.split([channels, channels, 1], dim=1)
         counts = counts.flatten()
         mean, invstd = torch.batch_norm_gather_stats_with_counts(

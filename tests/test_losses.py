@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from main_pretrain import parse_args
-from models import build_method
+from models import build_method, losses
 from models.heads import MLP
 from models.losses import distillation, slot_contrast
 from tests.reference import alignment, grouping, heads
@@ -175,6 +175,25 @@ def test_the_gradient_of_slot_contrast_is_the_slope_of_the_reference(seed: int) 
     assert queries.grad is not None
     slope = gradient(lambda place: reference_nce(place, keys, 0.2), values)
     assert relative_error(queries.grad, slope) < 1e-5
+
+
+@pytest.mark.parametrize("products", [1, 7, 40])
+def test_the_size_of_the_blocks_changes_neither_loss_nor_gradient(
+    products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = (torch.randn(19, 6, generator=generator) for _ in range(2))
+    queries[[2, 3, 18]], keys[[3, 18]] = 0, 0
+    results = []
+    for block in (2**26, products):
+        monkeypatch.setattr(losses, "_BLOCK", block)
+        monkeypatch.setattr(losses, "_MOST_BLOCKS", 19)
+        leaf = queries.clone().requires_grad_()
+        loss = slot_contrast(leaf, keys, torch.arange(19), 0.2)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for whole, blocks in zip(*results):
+        torch.testing.assert_close(blocks, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_padding_takes_no_gradient_and_keys_never_do() -> None:

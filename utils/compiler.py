@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from utils import distributed
 from utils.arguments import between
 from utils.errors import UsageError
 from utils.method import Method
@@ -33,15 +34,17 @@ def resolve(args: argparse.Namespace, device: torch.device) -> list[str]:
     """
     if args.compile is None:
         args.compile = device.type == "cuda"
-    if args.cuda_graphs and (device.type != "cuda" or args.accum_steps > 1):
-        raise UsageError("--cuda-graphs: only on GPUs and with --accum-steps 1; leave it out")
+    if args.cuda_graphs and (device.type != "cuda" or distributed.world_size() > 1 or args.accum_steps > 1):
+        raise UsageError("--cuda-graphs: only on one GPU and with --accum-steps 1; leave it out")
     for flag, wanted in (("--cuda-graphs", args.cuda_graphs), ("--activation-budget", args.activation_budget < 1)):
         if wanted and not args.compile:
             raise UsageError(f"{flag}: works by compilation; add --compile")
-    if not args.compile or not (reason := _obstacle(device)):
+    # All ranks or none: compiled ranks exchange other things than plain ones.
+    obstacles = distributed.all_gather_object(_obstacle(device) if args.compile else "")
+    if not any(obstacles):
         return []
     args.compile = False
-    return [f"not compiled, and slower for it: {reason}"]
+    return [f"not compiled, and slower for it: {next(filter(None, obstacles))}"]
 
 
 def _obstacle(device: torch.device) -> str:
@@ -55,8 +58,11 @@ def _obstacle(device: torch.device) -> str:
 
 
 def compile_method(method: Method, args: argparse.Namespace) -> None:
-    """Compile the method's parts in place, at their first use; what cannot be is run as it is, with a warning."""
-    torch._dynamo.config.suppress_errors = True
+    """Compile the method's parts in place, at their first use.
+
+    With one process, what cannot be compiled then is run as it is, with a warning. With several it is an error.
+    """
+    torch._dynamo.config.suppress_errors = distributed.world_size() == 1
     torch._functorch.config.activation_memory_budget = args.activation_budget
     mode = "reduce-overhead" if args.cuda_graphs else "default"
     for name in method.compiled:

@@ -33,8 +33,9 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    if args.amp != "off":  # float32 products round their factors to 10 bits, the networks' types to 7 or 10
-        torch.set_float32_matmul_precision("high")
+    # TF32 rounds the factors of a product to 10 bits, the networks' types to 7 or 10.
+    torch.set_float32_matmul_precision("highest" if args.amp == "off" else "high")
+    torch.backends.cudnn.allow_tf32 = args.amp != "off"
     return device
 
 

@@ -61,6 +61,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+# Functional collectives return at once, and their result waits for itself when it is first used. Nor do they write
+# into a tensor that exists: torch 2.11 compiles an autograd function that does so, in its forward, to wrong gradients.
+
+_gather = getattr(functional, "all_gather_single", functional.all_gather_tensor)  # its name from torch 2.15 on
+_finished = functional.wait_tensor
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    return functional.all_reduce(tensor.detach().contiguous(), "sum", _world())
+
+
+def _all_gather(tensor: Tensor) -> Tensor:
+    return _gather(tensor.detach().contiguous(), 0, _world())
+
+
 def _world() -> dist.ProcessGroup:
     assert dist.group.WORLD is not None
     return dist.group.WORLD
@@ -68,18 +83,12 @@ def _world() -> dist.ProcessGroup:
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, without gradient; the argument stays as it is."""
-    if not dist.is_initialized():
-        return tensor
-    total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
+    return _finished(_all_reduce(tensor)) if dist.is_initialized() else tensor
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over ranks, without gradient; under way until the result is first used."""
-    if not dist.is_initialized():
-        return tensor
-    return functional.all_reduce(tensor.detach() / world_size(), "sum", _world())
+    return _all_reduce(tensor / world_size()) if dist.is_initialized() else tensor
 
 
 def all_reduce_with_gradient(tensor: Tensor) -> Tensor:
@@ -102,9 +111,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
     Under way until the result is first used.
     """
-    if not dist.is_initialized():
-        return tensor.detach()
-    return functional.all_gather_tensor(tensor.detach().contiguous(), 0, _world())
+    return _all_gather(tensor) if dist.is_initialized() else tensor.detach()
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
@@ -115,9 +122,7 @@ def all_gather_with_gradient(tensor: Tensor) -> Tensor:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous())
-        return gathered
+        return _finished(_all_gather(tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
