@@ -245,22 +245,6 @@ def test_a_reference_that_does_not_fit_costs_no_more_than_itself(
     assert any("no reference" in note for note in written["notes"])
 
 
-def test_a_row_s_mixed_precision_does_not_speed_up_the_next() -> None:
-    found = [Configuration(arguments(), "")] * 2
-    seen = []
-
-    def cells(_: Configuration) -> dict[str, Any]:
-        seen.append(torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("high")
-        return {}
-
-    try:
-        fill(Table("", {}), found, cells)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert seen == ["highest", "highest"]
-
-
 def test_a_spread_in_other_units() -> None:
     seconds = Spread.of([2.0, 1.0, 4.0])
     assert seconds == Spread(2, 1, 4)

@@ -15,7 +15,6 @@ def fill(table: Table, found: Sequence[Configuration], measure: Callable[[Config
     for number, configuration in enumerate(found):
         print(f"{number + 1} of {len(found)}: {configuration}", file=sys.stderr, flush=True)
         cells: Row = {}
-        torch.set_float32_matmul_precision("highest")  # a run with mixed precision lowers it for all after it
         try:
             cells = measure(configuration)
         except torch.OutOfMemoryError:
