@@ -108,6 +108,36 @@ def four_steps(
     return {"losses": losses, "weights": weights, "graphs": counter and counter.frame_count}
 
 
+def one_step(args: argparse.Namespace, layout: torch.memory_format, compiled: bool) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of one forward and backward."""
+    device = choose_device(args)
+    method = main_pretrain.build_run(args, device, images=64).method.to(memory_format=layout)
+    if compiled:
+        in_one_piece(method)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        loss = method(make_batch().to(device))["loss"]
+    loss.backward()
+    return loss.item(), gradients(method)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("flags", [METHODS["slotcon"], METHODS["slotfa paper"]], ids=["slotcon", "slotfa"])
+def test_the_fast_step_is_the_plain_one_within_what_bfloat16_rounds(flags: list[str], device: str, tiny: Tiny) -> None:
+    """Compiled, channels-last and in bfloat16 against eager, NCHW and float32; compiling adds nothing to rounding."""
+
+    def step(amp: str, layout: torch.memory_format, compiled: bool) -> tuple[float, list[Tensor]]:
+        words = tiny(*flags, "--device", device, "--amp", amp, "--no-compile")
+        return one_step(main_pretrain.parse_args(words), layout, compiled)
+
+    plain, slopes = step("off", torch.contiguous_format, compiled=False)
+    rounded, rounded_slopes = step("bf16", torch.contiguous_format, compiled=False)
+    fast, fast_slopes = step("bf16", torch.channels_last, compiled=True)
+    assert fast == pytest.approx(plain, rel=0.01)
+    assert fast == pytest.approx(rounded, rel=0.002)
+    assert off(fast_slopes, slopes) < 0.3
+    assert off(fast_slopes, slopes) < 1.1 * off(rounded_slopes, slopes)
+
+
 # The compiler that users get
 
 
