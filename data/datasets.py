@@ -44,7 +44,10 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-scale", type=between(0, 1), default=0.08, help="smallest crop, share of the image's area")
     group.add_argument("--num-workers", type=at_least(0), default=8, help="processes that read images, for each GPU")
     group.add_argument(
-        "--decode", choices=("cpu", "gpu"), default="cpu", help="where JPEGs become pixels; gpu spares the workers"
+        "--decode",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="where JPEGs become pixels; gpu, where there is one, spares the workers",
     )
 
 

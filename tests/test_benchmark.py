@@ -328,7 +328,7 @@ def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["step", "--switch=--cuda-graphs"], "--cuda-graphs"),
         (["step", "--switch='"], "--switch"),
         (["step", "--out", "table.csv"], ".json"),
-        (["step", "--out", "nowhere/table.md"], "nowhere"),
+        (["step", "--out", "there.md/table.md"], "nothing can be written"),
         (["step", "--out", "there.md"], "--overwrite"),
         (["step", "--profile", "there.md"], "--profile"),
         (["step", "--profile", "full"], "--overwrite"),

@@ -184,7 +184,7 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) ->
     alone = main_pretrain.parse_args(tiny(*flags))
     mean = (moved(alone, batches[0]) + moved(alone, batches[1])) / 2
     # The second batch meets a centre that the first has moved, which the grouping loss feels a little.
-    torch.testing.assert_close(moved(args, *batches), mean, rtol=0, atol=0.02 * float(mean.detach().abs().max()))
+    torch.testing.assert_close(moved(args, *batches), mean, rtol=0, atol=0.03 * float(mean.detach().abs().max()))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

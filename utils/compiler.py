@@ -1,6 +1,7 @@
 """Compiled code: which parts of a method, in what mode, and whether this machine can."""
 
 import argparse
+import logging
 
 import torch
 
@@ -13,13 +14,20 @@ from utils.method import Method
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """How the step is carried out; none of it changes what is computed but for rounding."""
     flag = argparse.BooleanOptionalAction
-    group.add_argument("--compile", action=flag, default=None, help="compile the step; default: on GPUs")
-    group.add_argument("--cuda-graphs", action=flag, default=False, help="replay a step's launches: for small batches")
+    group.add_argument(
+        "--compile", action=flag, default=None, help="compile the step: a slow start, then faster; default: on GPUs"
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action=flag,
+        default=False,
+        help="replay a step's launches, for small batches: one GPU, compiled",
+    )
     group.add_argument(
         "--activation-budget",
         type=between(0, 1),
         default=1.0,
-        help="share of the activations that are kept for the backward; the others are computed again",
+        help="share of the activations that compiled code keeps for the backward; it computes the others again",
     )
 
 
@@ -39,16 +47,20 @@ def resolve(args: argparse.Namespace, device: torch.device) -> list[str]:
     for flag, wanted in (("--cuda-graphs", args.cuda_graphs), ("--activation-budget", args.activation_budget < 1)):
         if wanted and not args.compile:
             raise UsageError(f"{flag}: works by compilation; add --compile")
-    # All ranks or none: compiled ranks exchange other things than plain ones.
-    obstacles = distributed.all_gather_object(_obstacle(device) if args.compile else "")
-    if not any(obstacles):
+    if not args.compile:
         return []
+    # All ranks or none: compiled ranks exchange other things than plain ones.
+    obstacles = distributed.all_gather_object(_obstacle(device))
+    if not any(obstacles):
+        return ["compiling: the first step takes a minute or more, or seconds where it was compiled before"]
     args.compile = False
-    return [f"not compiled, and slower for it: {next(filter(None, obstacles))}"]
+    lost = "and slower for it" if args.activation_budget == 1 else "so slower, and all activations are kept"
+    return [f"not compiled, {lost}: {next(filter(None, obstacles))}"]
 
 
 def _obstacle(device: torch.device) -> str:
     """Why nothing can be compiled for `device` here, or nothing."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it wonders at CUDA without a GPU
     try:
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # a compiler is missing, or Triton does not know the GPU: every version raises its own

@@ -46,7 +46,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _check_place(flag: str, path: Path, overwrite: bool) -> None:
-    parent = path.absolute().parent
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"{flag} {path}: nothing can be written to {parent}; use another folder")
     if (any(path.iterdir()) if path.is_dir() else path.exists()) and not overwrite:
@@ -86,6 +86,7 @@ def publish(table: Table, about: dict[str, str], files: Sequence[Path]) -> None:
     print(f"{about['device']}, {about['versions']}\n\n{table.text(width)}", flush=True)
     for path in files:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_text(path, content(table, about, path.suffix))
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written ({error.strerror})") from None
