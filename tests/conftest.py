@@ -55,3 +55,15 @@ def tiny(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def tiny_args(tiny: Callable[..., list[str]]) -> argparse.Namespace:
     return main_pretrain.parse_args(tiny())
+
+
+def mistake_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command, expect exit status 2 and one line on stderr alone; return it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err

@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,22 +11,14 @@ import pytest
 import torch
 
 import main_pretrain
+from tests.conftest import mistake_of
 from utils import checkpoint
 from utils.errors import UsageError
 
 Tiny = Callable[..., list[str]]
 
 
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, expect exit status 2 and one line on stderr alone; return it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main_pretrain.main(argv)
-    assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
+mistake = partial(mistake_of, main_pretrain.main)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch.autograd import DeviceType
 
 import main_pretrain
 from scripts import benchmark
+from tests.conftest import mistake_of
 from utils.benchmark import profiling, report, step, timing
 from utils.benchmark.configurations import Configuration
 from utils.benchmark.rows import fill
@@ -305,16 +307,7 @@ def test_time_on_a_gpu_that_no_operator_launched_is_shown() -> None:
     assert [line.split()[0] for line in lines] == ["share", "70.0%"]
 
 
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, expect exit status 2 and one line on stderr alone; return it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main(argv)
-    assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
+mistake = partial(mistake_of, benchmark.main)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
+from tests.conftest import mistake_of
 from transfer.detection import train_net
 from transfer.pickles import read_pickle
 
@@ -414,16 +416,7 @@ def test_results_are_json_whatever_they_are(finetune: ModuleType, tmp_path: Path
     assert "NaN" not in path.read_text()
 
 
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, expect exit status 2 and one line on stderr alone; return it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train_net.main(argv)
-    assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
+mistake = partial(mistake_of, train_net.main)
 
 
 @pytest.mark.parametrize(

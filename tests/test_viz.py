@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import main_pretrain
 import viz_slots
 from data.views import centre_view
 from models import build_method
-from tests.conftest import TINY
+from tests.conftest import TINY, mistake_of
 from transfer.trained import load_slots
 from utils.figures.looking import Seen
 from utils.figures.page import build_page
@@ -475,16 +476,7 @@ def test_the_command_line_on_photographs(photographs: Path, model: Path, tmp_pat
 # Mistakes
 
 
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, expect exit status 2 and one line on stderr alone; return it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        viz_slots.main(argv)
-    assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
+mistake = partial(mistake_of, viz_slots.main)
 
 
 @pytest.mark.parametrize(
