@@ -56,10 +56,10 @@ def slot_contrast(queries: Tensor, keys: Tensor, positives: Tensor, temperature:
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Sum over queries of the cross-entropy of their products with all keys, in memory that grows with the keys alone.
+    """Sum over queries of the cross-entropy of their products with all keys, a block of queries at a time.
 
     The products of all queries with all keys would be the largest tensor of a step: 12544 x 12544 at 256 images. Here
-    they live for one block of queries at a time, and the gradient is made on the way forward, while they are there.
+    they live for one block, and the gradient is made on the way forward, while they are there.
     """
 
     @staticmethod
