@@ -3,10 +3,11 @@
 import argparse
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -71,11 +72,15 @@ class _Inert:
 class _Unpickler(pickle.Unpickler):
     """Rebuilds tensors and containers alone."""
 
+    # Exact objects: looking a name up, as `Unpickler.find_class` does, follows its dots to any builtin.
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
-        rebuilds = module == "torch._utils" and name.startswith("_rebuild_")
-        if rebuilds or (module, name) == ("collections", "OrderedDict"):
-            return super().find_class(module, name)
-        return _Inert
+        return self._ALLOWED.get((module, name), _Inert)
 
 
 def read_fine_tuned(path: Path) -> dict[str, Any]:
