@@ -14,29 +14,29 @@ from matplotlib.figure import Figure
 
 from data.datasets import FOLDERS, SceneDataset, build_dataset
 from models.backbones import ARCHITECTURES
-from transfer.encoders import recognise
+from transfer.encoders import infer_arch
 from transfer.trained import TrainedSlots, load_slots
-from utils import arguments, checkpoint, distributed
+from utils import config, checkpoint, distributed
 from utils.device import choose_device, loader_workers
 from utils.errors import UsageError
-from utils.figures.export import Export
-from utils.figures.looking import Observer, Squares
-from utils.figures.maps import draw_maps
-from utils.figures.neighbours import draw_neighbours
-from utils.figures.page import build_page
-from utils.figures.sheet import FORMATS, save_figure, shorten, write
-from utils.figures.survey import Survey, draw_sample
-from utils.figures.tsne import draw_tsne
-from utils.figures.usage import draw_usage
+from transfer.figures.export import Export
+from transfer.figures.looking import Observer, Squares
+from transfer.figures.maps import draw_maps
+from transfer.figures.neighbors import draw_neighbors
+from transfer.figures.page import build_page
+from transfer.figures.sheet import FORMATS, save_figure, shorten, write
+from transfer.figures.survey import Survey, draw_sample
+from transfer.figures.tsne import draw_tsne
+from transfer.figures.usage import draw_usage
 
-FIGURES = ("neighbours", "maps", "tsne", "usage")
+FIGURES = ("neighbors", "maps", "tsne", "usage")
 _TOPK_LARGEST = 100
 _TSNE_IMAGES = 400
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments; every flag may be written with underscores, too."""
-    parser = arguments.make_parser(__doc__)
+    parser = config.make_parser(__doc__)
     add_model(parser.add_argument_group("model; the checkpoint tells its sizes, and what is said is compared"))
     add_images(parser.add_argument_group("images; a checkpoint of this project tells where its own lie"))
     add_output(parser.add_argument_group("what to make"))
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_model(group: argparse._ArgumentGroup) -> None:
     """Which model."""
-    count = arguments.at_least(1)
+    count = config.at_least(1)
     group.add_argument("--model-path", type=Path, required=True, metavar="CKPT", help="checkpoint, ours or released")
     group.add_argument("--encoder", choices=("teacher", "student"), help="which half of it; default the teacher")
     group.add_argument("--arch", choices=ARCHITECTURES, help="encoder")
@@ -59,32 +59,32 @@ def add_model(group: argparse._ArgumentGroup) -> None:
 
 def add_images(group: argparse._ArgumentGroup) -> None:
     """Which images, and how they are looked at."""
-    count = arguments.at_least(1)
+    count = config.at_least(1)
     group.add_argument("--data-dir", help="folder of the data set; the demo is made there")
     group.add_argument("--dataset", choices=tuple(FOLDERS), help="layout of the images in --data-dir")
     group.add_argument(
-        "--image-size", type=arguments.at_least(32), help="side of the centre square; default twice that of training"
+        "--image-size", type=config.at_least(32), help="side of the center square; default twice that of training"
     )
     group.add_argument("--max-images", type=count, help="only so many, spread evenly over the data set")
     group.add_argument("--batch-size", type=count, default=16, help="images at once")
-    group.add_argument("--num-workers", type=arguments.at_least(0), default=8, help="processes that decode images")
+    group.add_argument("--num-workers", type=config.at_least(0), default=8, help="processes that decode images")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
 
 
 def add_output(group: argparse._ArgumentGroup) -> None:
     """What is made, and where it goes."""
-    count = arguments.at_least(1)
-    group.add_argument("--figure", choices=FIGURES, help="default neighbours, or none with --html or --export")
+    count = config.at_least(1)
+    group.add_argument("--figure", choices=FIGURES, help="default neighbors, or none with --html or --export")
     group.add_argument("--save-path", type=Path, help="the figure's file, or its folder; default beside the checkpoint")
     group.add_argument("--html", type=Path, metavar="FILE", help="one page with every prototype")
     group.add_argument("--export", type=Path, metavar="DIR", help="masks, scores and prototypes as files")
     group.add_argument("--topk", type=count, default=5, help="nearest images of a prototype")
     group.add_argument("--sampling", type=count, default=20, help="prototypes drawn from the used ones; images of maps")
-    group.add_argument("--idxs", type=arguments.at_least(0), nargs="+", help="these prototypes instead of drawn ones")
-    group.add_argument("--alpha", type=arguments.between(0, 1), default=0.5, help="how dark the rest of a picture is")
-    group.add_argument("--points", type=arguments.at_least(10), default=4000, help="cells in the figure tsne")
-    group.add_argument("--dpi", type=arguments.at_least(20), default=150, help="pixels to an inch of a figure")
-    group.add_argument("--seed", type=arguments.at_least(0), default=0, help="of what is drawn by chance")
+    group.add_argument("--idxs", type=config.at_least(0), nargs="+", help="these prototypes instead of drawn ones")
+    group.add_argument("--alpha", type=config.between(0, 1), default=0.5, help="how dark the rest of a picture is")
+    group.add_argument("--points", type=config.at_least(10), default=4000, help="cells in the figure tsne")
+    group.add_argument("--dpi", type=config.at_least(20), default=150, help="pixels to an inch of a figure")
+    group.add_argument("--seed", type=config.at_least(0), default=0, help="of what is drawn by chance")
     group.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
 
@@ -98,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command: mistakes of the user end in one line and exit status 2."""
     args = parse_args(argv)
     try:
-        visualise(args)
+        visualize(args)
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with("stopped", status=130)
+        distributed.exit_with_error("stopped", status=130)
 
 
-def visualise(args: argparse.Namespace) -> None:
+def visualize(args: argparse.Namespace) -> None:
     """Arguments -> model and images -> what was asked for."""
     args.amp = "off"
     device = choose_device(args)
@@ -117,9 +117,9 @@ def visualise(args: argparse.Namespace) -> None:
     numbers = spread(len(squares), args.max_images)
     if args.figure in ("maps", "tsne"):
         save_figure(draw_some(args, observer, numbers), args.save_path)
-    if args.html or args.export or args.figure in ("neighbours", "usage"):
+    if args.html or args.export or args.figure in ("neighbors", "usage"):
         survey = take_survey(args, observer, model, numbers)
-        if args.figure in ("neighbours", "usage"):
+        if args.figure in ("neighbors", "usage"):
             save_figure(draw_all(args, observer, survey), args.save_path)
         if args.html:
             write(args.html, build_page(observer, survey, args.alpha, describe(args, observer, survey.images)))
@@ -136,11 +136,11 @@ def check_inputs(args: argparse.Namespace) -> dict[str, Any]:
     """
     state = checkpoint.load(args.model_path, "--model-path")
     if args.figure is None and (args.save_path or not (args.html or args.export)):
-        args.figure = "neighbours"
+        args.figure = "neighbors"
     if args.topk > _TOPK_LARGEST:
         raise UsageError(f"--topk {args.topk}: more than {_TOPK_LARGEST} images of a prototype fit on no page")
-    if args.idxs and args.figure not in ("neighbours", "maps"):
-        raise UsageError("--idxs: chooses prototypes of --figure neighbours or maps, and neither is drawn")
+    if args.idxs and args.figure not in ("neighbors", "maps"):
+        raise UsageError("--idxs: chooses prototypes of --figure neighbors or maps, and neither is drawn")
     if args.figure:
         name = f"slots_{args.figure}.png"
         args.save_path = args.save_path or args.model_path.parent / name
@@ -181,7 +181,7 @@ def load_model(args: argparse.Namespace, told: Mapping[str, Any]) -> TrainedSlot
     model = load_slots(args.model_path, args.encoder, args.output_stride)
     encoder = {name.removeprefix("vit."): value for name, value in model.encoder.state_dict().items()}
     hidden, (count, width) = model.projector.state_dict()["mlp.0.bias"].numel(), model.prototypes.shape
-    there = {"arch": args.arch and recognise(encoder, str(args.model_path))}
+    there = {"arch": args.arch and infer_arch(encoder, str(args.model_path))}
     there |= {"dim_hidden": hidden, "dim_out": width, "num_prototypes": count}
     for name, value in there.items():
         said = getattr(args, name)
@@ -255,7 +255,7 @@ def draw_all(args: argparse.Namespace, observer: Observer, survey: Survey) -> Fi
         return draw_usage(survey, args.dpi, facts)
     prototypes = args.idxs or draw_sample(survey.used, args.sampling, args.seed)
     facts = f"{facts} · {len(survey.used)} of {len(survey.prototypes)} prototypes used"
-    return draw_neighbours(observer, survey, prototypes, args.alpha, args.dpi, facts)
+    return draw_neighbors(observer, survey, prototypes, args.alpha, args.dpi, facts)
 
 
 def describe(args: argparse.Namespace, observer: Observer, images: int) -> str:

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.decode import Source, pixel_source, read_source
-from data.scenes import make_demo
-from data.views import ViewRecipe, centre_view, draw_views, make_views, slotcon_views
+from data.demo import make_demo
+from data.views import ViewRecipe, center_view, draw_views, make_views, slotcon_views
 from utils import distributed
-from utils.arguments import at_least, between
+from utils.config import at_least, between
 from utils.errors import UsageError
 
 # The folders of each data set below --data-dir (the demo's below the folder it makes).
@@ -60,7 +60,7 @@ class Sample:
     crops: Tensor
     flips: Tensor
     turns: Tensor
-    colour: Tensor
+    color: Tensor
     index: int
     """The image's number in the dataset."""
     unreadable: tuple[str, ...]
@@ -102,9 +102,9 @@ class SceneDataset:
         return Sample(*drawn, index=number, unreadable=tuple(unreadable))
 
     def plain(self, count: int, size: int) -> Tensor:
-        """The centres of the first `count` images as they are: (count, 3, size, size) uint8."""
+        """The centers of the first `count` images as they are: (count, 3, size, size) uint8."""
         images = (self._read(number, _read_image, _BLACK)[0] for number in range(min(count, len(self))))
-        return torch.stack([centre_view(image, size) for image in images])
+        return torch.stack([center_view(image, size) for image in images])
 
     def _read(self, number: int, read: Callable[[Path], _Read], black: _Read) -> tuple[_Read, int, list[str]]:
         """Image `number` or the next readable one, which number that is, and the files that could not be read.

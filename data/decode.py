@@ -1,7 +1,7 @@
 """JPEGs decoded on the device: what a worker sends instead of views, and the views that are cut from it.
 
-The facts are those of `data.views.make_views`. Its pixels come by libjpeg, which interpolates subsampled colour, and
-are rounded between the two passes of the filter; nvJPEG repeats subsampled colour, and `decode_views` rounds once.
+The facts are those of `data.views.make_views`. Its pixels come by libjpeg, which interpolates subsampled color, and
+are rounded between the two passes of the filter; nvJPEG repeats subsampled color, and `decode_views` rounds once.
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.photometric import to_device
+from data.color import to_device
 from data.views import Box, ViewRecipe, rgb_pixels
 from utils.batch import Batch, Sources
 
@@ -60,7 +60,7 @@ def read_source(path: Path) -> Source:
 
 
 def _is_for_nvjpeg(image: Image.Image) -> bool:
-    """Grey or YCbCr: nvJPEG does not promise to see what libjpeg takes for stored RGB."""
+    """Gray or YCbCr: nvJPEG does not promise to see what libjpeg takes for stored RGB."""
     if not isinstance(image, JpegImageFile) or image.format != "JPEG":  # MPO holds several
         return False
     components = bytes(component[0] for component in image.layer)

@@ -10,7 +10,7 @@ from data.datasets import Sample, SceneDataset, build_dataset
 from data.decode import pack
 from utils import distributed
 from utils.batch import Batch
-from utils.plan import Plan
+from utils.config import Plan
 
 __all__ = ["Batch", "EpochSampler", "build_dataset", "build_loader", "collate"]
 
@@ -23,7 +23,7 @@ class EpochSampler(Sampler[list[int]]):
     """
 
     def __init__(self, plan: Plan, start: int, seed: int):
-        """From optimiser step `start` to the end of the plan."""
+        """From optimizer step `start` to the end of the plan."""
         self.images, self.batch_size, self.seed = plan.images, plan.batch_size, seed
         self.batches_per_epoch = plan.steps_per_epoch * plan.accum_steps
         self.start, self.stop = start * plan.accum_steps, plan.total_steps * plan.accum_steps
@@ -44,7 +44,7 @@ class EpochSampler(Sampler[list[int]]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples of B images -> a batch on the CPU, views uint8 or not yet cut, colour not yet applied."""
+    """Samples of B images -> a batch on the CPU, views uint8 or not yet cut, color not yet applied."""
     sources = [sample.source for sample in samples if sample.source is not None]
     return Batch(
         views=[torch.stack(view) for view in zip(*(sample.views for sample in samples))],
@@ -52,7 +52,7 @@ def collate(samples: list[Sample]) -> Batch:
         flips=torch.stack([sample.flips for sample in samples]),
         turns=torch.stack([sample.turns for sample in samples]),
         index=torch.tensor([sample.index for sample in samples]),
-        colour=torch.stack([sample.colour for sample in samples]),
+        color=torch.stack([sample.color for sample in samples]),
         unreadable=tuple(name for sample in samples for name in sample.unreadable),
         sources=pack(sources) if sources else None,
     )

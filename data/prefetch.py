@@ -1,11 +1,11 @@
-"""The next batch is copied and coloured while the networks work on this one."""
+"""The next batch is copied and colored while the networks work on this one."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from data.decode import decode_views
-from data.photometric import apply_colour
+from data.color import apply_color
 from data.views import ViewRecipe
 from utils.batch import Batch
 
@@ -23,7 +23,7 @@ def prefetch(batches: Iterable[Batch], device: torch.device, recipes: Sequence[V
     """
     if device.type == "cpu":
         for batch in batches:
-            yield apply_colour(decode_views(batch, recipes, device))
+            yield apply_color(decode_views(batch, recipes, device))
         return
     under_way = _on_a_side_stream(batches, device, recipes)
     following = next(under_way, None)
@@ -42,6 +42,6 @@ def _on_a_side_stream(
     stream = torch.cuda.Stream(device)
     for batch in batches:
         with torch.cuda.stream(stream):
-            batch = apply_colour(decode_views(batch, recipes, device).to(device))
+            batch = apply_color(decode_views(batch, recipes, device).to(device))
             ready = stream.record_event()
         yield batch, ready

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.photometric import ColourRecipe, draw_colour
+from data.color import ColorRecipe, draw_color
 
 Box = tuple[int, int, int, int]
 """x0 y0 x1 y1 in pixels of the source image, x1 and y1 exclusive."""
@@ -33,7 +33,7 @@ class ViewRecipe:
     """Side of the square view in pixels."""
     scale: tuple[float, float]
     """Area of the crop as a share of the image's area."""
-    colour: ColourRecipe
+    color: ColorRecipe
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop, log-uniform."""
     flip_p: float = 0.5
@@ -50,14 +50,14 @@ class ViewSet(NamedTuple):
     """(V,) bool."""
     turns: Tensor
     """(V,) int64."""
-    colour: Tensor
-    """(V, P) float32, the columns of `data.photometric`."""
+    color: Tensor
+    """(V, P) float32, the columns of `data.color`."""
 
 
 def slotcon_views(image_size: int, min_scale: float) -> tuple[ViewRecipe, ViewRecipe]:
-    """SlotCon's two views, as published: the second is seldom blurred and sometimes solarised."""
-    first = ViewRecipe(image_size, (min_scale, 1.0), ColourRecipe(blur_p=1.0))
-    return first, replace(first, colour=ColourRecipe(blur_p=0.1, solarise_p=0.2))
+    """SlotCon's two views, as published: the second is seldom blurred and sometimes solarized."""
+    first = ViewRecipe(image_size, (min_scale, 1.0), ColorRecipe(blur_p=1.0))
+    return first, replace(first, color=ColorRecipe(blur_p=0.1, solarize_p=0.2))
 
 
 def make_views(image: Image.Image, recipes: Sequence[ViewRecipe], seed: int, epoch: int, index: int) -> ViewSet:
@@ -74,18 +74,18 @@ def draw_views(
     """Draw the views of image number `index`, of (width, height), without cutting them; every crop after the first
     is drawn to meet the first."""
     boxes: list[Box] = []
-    flips, colour = [], []
+    flips, color = [], []
     for number, recipe in enumerate(recipes):
         rng = np.random.default_rng([seed, epoch, index, number])
         boxes.append(draw_crop(rng, image_size, recipe, meet=boxes[0] if boxes else None))
         flips.append(bool(rng.random() < recipe.flip_p))
-        colour.append(draw_colour(rng, recipe.colour))
+        color.append(draw_color(rng, recipe.color))
     return ViewSet(
         [],
         torch.tensor(boxes, dtype=torch.float32),
         torch.tensor(flips),
         torch.zeros(len(boxes), dtype=torch.int64),
-        torch.from_numpy(np.stack(colour)),
+        torch.from_numpy(np.stack(color)),
     )
 
 
@@ -96,7 +96,7 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def centre_view(image: Image.Image, size: int) -> Tensor:
+def center_view(image: Image.Image, size: int) -> Tensor:
     """The largest square in the middle of an image, resampled: (3, size, size) uint8."""
     pixels = rgb_pixels(image)
     return cut(pixels, central_crop(image.size, (1, 1)), size, flip=False)

@@ -4,11 +4,11 @@ import argparse
 
 from models.slotcon import SlotCon
 from models.slotfa import SlotFA
-from utils.method import Method
+from models.method import Method
 
 METHODS: dict[str, type[Method]] = {"slotcon": SlotCon, "slotfa": SlotFA}
 
 
 def build_method(args: argparse.Namespace) -> Method:
-    """The method that `args.method` names, freshly initialised from torch's current random state."""
+    """The method that `args.method` names, freshly initialized from torch's current random state."""
     return METHODS[args.method](args)

@@ -56,7 +56,7 @@ class MLP(nn.Module):
 class RowBatchNorm(nn.Module):
     """Batch norm over the rows that `real` marks; parameters and buffers as in `nn.BatchNorm1d`.
 
-    With `synchronised` the statistics are those of the real rows on all ranks.
+    With `synchronized` the statistics are those of the real rows on all ranks.
     """
 
     running_mean: Tensor
@@ -66,7 +66,7 @@ class RowBatchNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.synchronised = False
+        self.synchronized = False
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
@@ -77,7 +77,7 @@ class RowBatchNorm(nn.Module):
         """Rows (N, dim) and which of them are real (N,), bool.
 
         Returns:
-            The rows, normalised, in the type of `x` (statistics are float32), zeros where not valid; and which are
+            The rows, normalized, in the type of `x` (statistics are float32), zeros where not valid; and which are
             valid (N,): the real ones, or none where there are too few for statistics.
         """
         rows = x.float()
@@ -90,12 +90,12 @@ class RowBatchNorm(nn.Module):
             valid = real & (count > 1)
         else:
             mean, variance, valid = self.running_mean, self.running_var, real
-        normalised = (rows - mean) * (variance + self.eps).rsqrt()
-        out = normalised * self.weight + self.bias
+        normalized = (rows - mean) * (variance + self.eps).rsqrt()
+        out = normalized * self.weight + self.bias
         return torch.where(valid[:, None], out, 0).to(x.dtype), valid
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        return all_reduce_with_gradient(value) if self.synchronised else value
+        return all_reduce_with_gradient(value) if self.synchronized else value
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:

@@ -13,22 +13,22 @@ _MOST_BLOCKS = 16
 
 
 def distillation(
-    student: Tensor, teacher: Tensor, centre: Tensor, student_temp: float, teacher_temp: float, valid: Tensor
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, valid: Tensor
 ) -> Tensor:
     """Grouping loss of one direction (SlotCon, equation 4).
 
-    `- sum_k softmax((teacher - centre) / teacher_temp) log softmax(student / student_temp)`, mean over
+    `- sum_k softmax((teacher - center) / teacher_temp) log softmax(student / student_temp)`, mean over
     positions and over the images that count; 0 if none does.
 
     Args:
         student: (B, K, H, W) aligned scores, with gradient.
         teacher: (B, K, H, W) aligned scores of the same pixels.
-        centre: (1, K).
+        center: (1, K).
         student_temp: temperature of the student's soft-max.
         teacher_temp: temperature of the teacher's soft-max.
         valid: (B,) bool, the images that count.
     """
-    target = ((teacher.detach().float() - centre[:, :, None, None]) / teacher_temp).softmax(dim=1)
+    target = ((teacher.detach().float() - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
     log_probability = (student.float() / student_temp).log_softmax(dim=1)
     per_image = -(target * log_probability).sum(dim=1).mean(dim=(1, 2))
     return torch.where(valid, per_image, 0).sum() / valid.sum().clamp(min=1)
@@ -38,8 +38,8 @@ def slot_contrast(queries: Tensor, keys: Tensor, positives: Tensor, temperature:
     """InfoNCE between slots, times twice the temperature, of one direction (SlotCon, equation 6).
 
     Args:
-        queries: (N, D) with gradient, not normalised; a row of zeros is padding and does not count.
-        keys: (M, D), not normalised; a row of zeros is padding and is nobody's negative.
+        queries: (N, D) with gradient, not normalized; a row of zeros is padding and does not count.
+        keys: (M, D), not normalized; a row of zeros is padding and is nobody's negative.
         positives: (N,) int64, each query's own key.
         temperature: tau.
 

@@ -27,11 +27,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None  # always: statistics are tracked
         self.num_batches_tracked.add_(1)
         if torch.compiler.is_compiling():
-            return self._normalise(x)
-        return _Normalise.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
+            return self._normalize(x)
+        return _Normalize.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
 
-    def _normalise(self, x: Tensor) -> Tensor:
-        """The same in plain operations, which a compiler fuses with their neighbours; all ranks have equal shapes."""
+    def _normalize(self, x: Tensor) -> Tensor:
+        """The same in plain operations, which a compiler fuses with their neighbors; all ranks have equal shapes."""
         maps = x.float()
         variance, mean = torch.var_mean(maps, dim=(0, 2, 3), correction=0)
         means, variances = all_gather_with_gradient(torch.stack([mean, variance])[None]).unbind(1)
@@ -48,13 +48,13 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return torch.addcmul(self.bias[:, None, None], maps - mean[:, None, None], scale[:, None, None]).to(x.dtype)
 
 
-def synchronise_batch_norm(model: nn.Module) -> None:
+def convert_sync_batchnorm(model: nn.Module) -> None:
     """Have batch norm of maps and of rows go over all ranks, in place; parameters and buffers stay the same tensors."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
         elif isinstance(module, RowBatchNorm):
-            module.synchronised = True
+            module.synchronized = True
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -62,7 +62,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """Statistics are float32 whatever the type of the maps."""
 
     @staticmethod
@@ -96,14 +96,14 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, invstd, counts = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
         gradient = gradient.contiguous(memory_format=_layout(x))
-        total, total_centred, of_weight, of_bias = torch.batch_norm_backward_reduce(
+        total, total_centered, of_weight, of_bias = torch.batch_norm_backward_reduce(
             gradient, x, mean, invstd, weight, to_x, to_weight, to_bias
         )
         of_x = None
         if to_x:
-            totals = torch.cat([total, total_centred])
+            totals = torch.cat([total, total_centered])
             dist.all_reduce(totals)
-            total, total_centred = totals.chunk(2)
-            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, weight, total, total_centred, counts)
+            total, total_centered = totals.chunk(2)
+            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, weight, total, total_centered, counts)
         # Gradients of weight and bias stay those of this rank, as those of all other parameters do before DDP.
         return of_x, of_weight, of_bias, None, None, None, None

@@ -11,13 +11,13 @@ from models.augmentation import Chance
 from models.backbones import build_encoder
 from models.grouping import Grouped, Grouping, occupied
 from models.heads import MLP
-from models.health import slot_health
+from models.slot_health import slot_health
 from models.losses import distillation, slot_contrast
-from models.teacher import copy_and_freeze, ema_update
-from utils.arguments import at_least, between
+from models.ema import copy_and_freeze, ema_update
+from utils.config import at_least, between
 from utils.batch import Batch
 from utils.distributed import all_gather, all_reduce_mean, rank
-from utils.method import Method
+from models.method import Method
 
 
 class Seen(NamedTuple):
@@ -51,7 +51,7 @@ class SlotCon(Method):
         add("--teacher-momentum", type=share, default=0.99, help="EMA at the start; a half cosine takes it to 1")
         add("--teacher-temp", type=temperature, default=0.07, help="temperature of teacher and attention")
         add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
-        add("--center-momentum", type=share, default=0.9, help="momentum of the centre of the teacher's scores")
+        add("--center-momentum", type=share, default=0.9, help="momentum of the center of the teacher's scores")
         add("--group-loss-weight", type=share, default=0.5, help="lambda; the slot contrast weighs 1 - lambda")
         add("--contrast-temp", type=temperature, default=0.2, help="temperature tau of the slot contrast")
 
@@ -82,7 +82,7 @@ class SlotCon(Method):
         ]
 
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student; called once per optimiser step, before the forward."""
+        """Move the teacher towards the student; called once per optimizer step, before the forward."""
         for student, teacher in self._pairs():
             ema_update(student, teacher, momentum)
 
@@ -90,9 +90,9 @@ class SlotCon(Method):
         """Two views of B images -> `loss` with gradient, and detached parts to log."""
         teacher = [self._teacher_sees(view) for view in batch.views]
         student = [self._student_sees(view) for view in batch.views]
-        # Of a copy: what the backward computes again must not see the centre that has moved since.
-        terms, measures, centre = self._judge(batch, student, teacher, self.center.clone(), self._chance(batch))
-        self.center.copy_(centre)
+        # Of a copy: what the backward computes again must not see the center that has moved since.
+        terms, measures, center = self._judge(batch, student, teacher, self.center.clone(), self._chance(batch))
+        self.center.copy_(center)
         loss = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **measures}
 
@@ -108,23 +108,23 @@ class SlotCon(Method):
         return []
 
     def _judge(
-        self, batch: Batch, student: list[Seen], teacher: list[Seen], centre: Tensor, chance: list[Chance]
+        self, batch: Batch, student: list[Seen], teacher: list[Seen], center: Tensor, chance: list[Chance]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """What follows from the networks' outputs: the terms of the loss, measures to log, and the next centre."""
+        """What follows from the networks' outputs: the terms of the loss, measures to log, and the next center."""
         mean = all_reduce_mean(_mean_scores(teacher))  # under way while the terms are computed
-        terms = self._terms(batch, student, teacher, centre, chance)
-        following = centre.lerp(mean, 1 - self.center_momentum)
+        terms = self._terms(batch, student, teacher, center, chance)
+        following = center.lerp(mean, 1 - self.center_momentum)
         found, aims = ([view.scores for view in views] for views in (student, teacher))
         prototypes = self.grouping_k.slot_embed.weight
         return terms, slot_health(found, aims, prototypes, following, self.teacher_temp), following
 
     def _terms(
-        self, batch: Batch, student: list[Seen], teacher: list[Seen], centre: Tensor, chance: list[Chance]
+        self, batch: Batch, student: list[Seen], teacher: list[Seen], center: Tensor, chance: list[Chance]
     ) -> dict[str, Tensor]:
         """The terms of the loss by name; one of weight 0 is not computed."""
         terms = {}
         if self.weights["loss_group"]:
-            terms["loss_group"] = self._distil(batch, [view.scores for view in student], teacher, centre)
+            terms["loss_group"] = self._distil(batch, [view.scores for view in student], teacher, center)
         if self.weights["loss_contrast"]:
             found = [self.grouping_q(view.projected, view.scores) for view in student]
             with torch.no_grad():
@@ -134,14 +134,14 @@ class SlotCon(Method):
 
     @torch.no_grad()
     def slot_maps(self, images: Tensor) -> Tensor:
-        """The teacher's scores of normalised images (B, 3, H, W), by running statistics: (B, K, h, w)."""
+        """The teacher's scores of normalized images (B, 3, H, W), by running statistics: (B, K, h, w)."""
         training = self.training
         self.eval()
         scores = self.grouping_k.scores(self.projector_k(self.encoder_k(images)))
         self.train(training)
         return scores
 
-    def _distil(self, batch: Batch, student_scores: list[Tensor], teacher: list[Seen], centre: Tensor) -> Tensor:
+    def _distil(self, batch: Batch, student_scores: list[Tensor], teacher: list[Seen], center: Tensor) -> Tensor:
         """Distil the teacher's grouping of each view into the student's of the other, on the pixels that both show."""
         directions = []
         for a, b in ((0, 1), (1, 0)):
@@ -150,7 +150,7 @@ class SlotCon(Method):
             aligned_student = align(student_scores[a], boxes_a, batch.flips[:, a])
             aligned_teacher = align(teacher[b].scores, boxes_b, batch.flips[:, b])
             temperatures = self.student_temp, self.teacher_temp
-            directions.append(distillation(aligned_student, aligned_teacher, centre, *temperatures, valid=meets))
+            directions.append(distillation(aligned_student, aligned_teacher, center, *temperatures, valid=meets))
         return directions[0] + directions[1]
 
     def _contrast(self, student: Grouped, teacher: Grouped) -> Tensor:

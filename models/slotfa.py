@@ -1,4 +1,4 @@
-"""SlotFA: SlotCon whose student has to recognise its slots after their features were scaled and shifted at random."""
+"""SlotFA: SlotCon whose student has to recognize its slots after their features were scaled and shifted at random."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from models.augmentation import Chance, SlotAugmentation
 from models.grouping import prototype_scores
 from models.slotcon import Seen, SlotCon
-from utils.arguments import at_least, between
+from utils.config import at_least, between
 from utils.batch import Batch
 
 
@@ -54,14 +54,14 @@ class SlotFA(SlotCon):
         return [self.augmentation.chance(batch.seed, batch.step, view, self.center.device) for view in views]
 
     def _terms(
-        self, batch: Batch, student: list[Seen], teacher: list[Seen], centre: Tensor, chance: list[Chance]
+        self, batch: Batch, student: list[Seen], teacher: list[Seen], center: Tensor, chance: list[Chance]
     ) -> dict[str, Tensor]:
-        terms = super()._terms(batch, student, teacher, centre, chance)
+        terms = super()._terms(batch, student, teacher, center, chance)
         if self.weights["loss_augmented"]:
             slots = [view.scores.argmax(dim=1) for view in student]
             with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
                 scores = [self._augmented_scores(*of_view) for of_view in zip(student, slots, chance)]
-                terms["loss_augmented"] = self._distil(batch, scores, teacher, centre)
+                terms["loss_augmented"] = self._distil(batch, scores, teacher, center)
             moved = [new.argmax(dim=1) != old for new, old in zip(scores, slots)]
             terms["assignments_moved"] = torch.stack(moved).float().mean()
         return terms

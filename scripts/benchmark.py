@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports on itself
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, distributed
+from utils import config, distributed
 from utils.benchmark import configurations, end_to_end, loading, photographs, report, step, timing
 from utils.device import choose_device
 from utils.errors import UsageError
@@ -21,7 +21,7 @@ BENCHMARKS = {
     "step": (step.benchmark_step, "the whole training step, fed from memory"),
     "loader": (
         loading.benchmark_loader,
-        "reading, decoding, cutting and colouring views, a part at a time and by workers",
+        "reading, decoding, cutting and coloring views, a part at a time and by workers",
     ),
     "end-to-end": (
         end_to_end.benchmark_end_to_end,
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         benchmark(options, argv[len(own) + 1 :], shlex.join(["python", "scripts/benchmark.py", *argv]))
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with("stopped; nothing was written", status=130)
+        distributed.exit_with_error("stopped; nothing was written", status=130)
 
 
 def benchmark(options: argparse.Namespace, flags: Sequence[str], command: str) -> None:
@@ -57,7 +57,7 @@ def benchmark(options: argparse.Namespace, flags: Sequence[str], command: str) -
 
 def parser() -> argparse.ArgumentParser:
     """All flags but those of main_pretrain.py."""
-    whole = arguments.make_parser(__doc__ or "")
+    whole = config.make_parser(__doc__ or "")
     commands = whole.add_subparsers(dest="command", required=True, metavar="step|loader|end-to-end")
     for name, (_measure, purpose) in BENCHMARKS.items():
         one = commands.add_parser(

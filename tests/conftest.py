@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import main_pretrain
-from data.scenes import render_scene
+from data.demo import render_scene
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "coco_mini"
 
@@ -57,7 +57,7 @@ def tiny_args(tiny: Callable[..., list[str]]) -> argparse.Namespace:
     return main_pretrain.parse_args(tiny())
 
 
-def mistake_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def run_expecting_usage_error(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command, expect exit status 2 and one line on stderr alone; return it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.scenes import render_scene
+from data.demo import render_scene
 from tests.conftest import PHOTOGRAPHS
 
 FOLDER = Path(__file__).parents[1] / "transfer" / "segmentation"

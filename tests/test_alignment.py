@@ -127,7 +127,7 @@ def test_the_whole_frame_of_a_mirrored_and_turned_view_comes_back_upright(flip: 
 
 
 def coordinates(crop: Crop, side: int, flip: bool, turns: int) -> torch.Tensor:
-    """(1, 2, side, side): source x and y of every cell centre of a view, as the view shows them."""
+    """(1, 2, side, side): source x and y of every cell center of a view, as the view shows them."""
     x0, y0, x1, y1 = crop
     planes = np.zeros((2, side, side))
     for row in range(side):

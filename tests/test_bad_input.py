@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import main_pretrain
-from tests.conftest import mistake_of
+from tests.conftest import run_expecting_usage_error
 from utils import checkpoint
 from utils.errors import UsageError
 
 Tiny = Callable[..., list[str]]
 
 
-mistake = partial(mistake_of, main_pretrain.main)
+mistake = partial(run_expecting_usage_error, main_pretrain.main)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_folder_without_images_is_named(tmp_path: Path, tiny: Tiny, capsys: py
 def test_more_processes_than_images_in_a_batch(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from utils.plan import make_plan
+    from utils.config import make_plan
 
     with pytest.raises(UsageError, match=r"--batch-size 8.* 16 processes"):
         make_plan(main_pretrain.parse_args(tiny()), images=16, world_size=16)
@@ -135,7 +135,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_pretrain, "optimise", interrupted)
+    monkeypatch.setattr(main_pretrain, "optimize", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main_pretrain.main(tiny())
     assert stopped.value.code == 130
@@ -150,7 +150,7 @@ def test_half_a_line_of_metrics_does_not_stop_a_resume(finished_run: Path, tiny:
     assert (finished_run / "metrics.jsonl").read_text().splitlines() == before[:-1]
 
 
-def test_an_optimiser_of_other_parameters_is_refused(
+def test_an_optimizer_of_other_parameters_is_refused(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main_pretrain.main(tiny("--optimizer", "sgd"))

@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 
 import main_pretrain
 from scripts import benchmark
-from tests.conftest import mistake_of
+from tests.conftest import run_expecting_usage_error
 from utils.benchmark import profiling, report, step, timing
 from utils.benchmark.configurations import Configuration
 from utils.benchmark.rows import fill
@@ -107,7 +107,7 @@ def test_the_loader_s_parts_and_its_workers(tmp_path: Path, images: Path) -> Non
     rows = measure(tmp_path, "loader", "--batch-sizes", "2", "3", *(f"--switch={s}" for s in switches), *options)[
         "rows"
     ]
-    parts = ["worker", "decoding alone", "Pillow transforms", "colour on the CPU"]
+    parts = ["worker", "decoding alone", "Pillow transforms", "color on the CPU"]
     loaders = ["DataLoader", "DataLoader, prefetch"]
     names = [(row["switches"], row["part"], row.get("batch_size"), row.get("workers")) for row in rows]
     assert sorted(names, key=str) == sorted(
@@ -307,7 +307,7 @@ def test_time_on_a_gpu_that_no_operator_launched_is_shown() -> None:
     assert [line.split()[0] for line in lines] == ["share", "70.0%"]
 
 
-mistake = partial(mistake_of, benchmark.main)
+mistake = partial(run_expecting_usage_error, benchmark.main)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import main_pretrain
 from data.datasets import build_dataset
 from data.loader import EpochSampler, build_loader
-from data.prefetch import prefetch
+from data.loader import prefetch
 from models import build_method
-from models.norm import SyncBatchNorm, synchronise_batch_norm
+from models.norm import SyncBatchNorm, convert_sync_batchnorm
 from tests.test_distributed import make_batch, on_two_ranks, share
 from utils import compiler, distributed
 from utils.batch import Batch
@@ -29,7 +29,7 @@ from utils.device import choose_device
 from utils.errors import UsageError
 from utils.finite import FiniteGuard
 from utils.meter import Meter
-from utils.method import Method
+from models.method import Method
 
 Tiny = Callable[..., list[str]]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -102,7 +102,7 @@ def four_steps(
     guard = FiniteGuard(run.method, device)
     for step in range(4):
         meter = Meter(device, len(dataset), run.plan.steps_per_epoch)
-        main_pretrain.optimise(run, run.method, batches, guard, meter, step)
+        main_pretrain.optimize(run, run.method, batches, guard, meter, step)
         losses.append(meter.read(step + 1)[0]["loss"])
     weights = [value.detach().clone() for value in run.method.state_dict().values()]
     return {"losses": losses, "weights": weights, "graphs": counter and counter.frame_count}
@@ -203,7 +203,7 @@ def kept_bytes(method: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 # Over ranks
 
 
-def normalised(norm: nn.Module, x: Tensor, back: Tensor) -> dict[str, Tensor]:
+def normalized(norm: nn.Module, x: Tensor, back: Tensor) -> dict[str, Tensor]:
     x = x.requires_grad_()
     out = norm(x)
     out.backward(back)
@@ -222,7 +222,7 @@ def maps_and_gradient(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def compiled_norm_on_a_rank(dtype: torch.dtype) -> dict[str, Tensor]:
     norm, (x, back) = SyncBatchNorm(5), maps_and_gradient(dtype)
     mine = slice(0, 3) if distributed.rank() == 0 else slice(3, None)
-    return normalised(torch.compile(norm, backend="aot_eager", fullgraph=True), x[mine], back[mine])
+    return normalized(torch.compile(norm, backend="aot_eager", fullgraph=True), x[mine], back[mine])
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
@@ -230,7 +230,7 @@ def test_compiled_batch_norm_over_two_ranks_is_that_of_one_process(
     dtype: torch.dtype, rounding: float, tmp_path: Path
 ) -> None:
     first, second = on_two_ranks(tmp_path, compiled_norm_on_a_rank, dtype)
-    whole = normalised(nn.BatchNorm2d(5), *(x.float() for x in maps_and_gradient(dtype)))
+    whole = normalized(nn.BatchNorm2d(5), *(x.float() for x in maps_and_gradient(dtype)))
     for name, expected in whole.items():
         of_compiled = name if name in first else f"_orig_mod.{name}"
         if name in ("out", "x.grad"):
@@ -244,13 +244,13 @@ def test_compiled_batch_norm_over_two_ranks_is_that_of_one_process(
         assert off([found], [expected]) < rounding, name
 
 
-def synchronised_step(args: argparse.Namespace) -> dict[str, Any]:
+def synchronized_step(args: argparse.Namespace) -> dict[str, Any]:
     """Gradients of one DDP step in compiled code, batch norm over all ranks; of one process, in plain code."""
     torch.manual_seed(0)
     method = build_method(args)
-    model = distributed.parallel(method, torch.device("cpu"))
+    model = distributed.wrap_ddp(method, torch.device("cpu"))
     if distributed.world_size() > 1:
-        synchronise_batch_norm(method)
+        convert_sync_batchnorm(method)
         in_one_piece(method)
         # Parameters of this size make torch split the graphs where gradients of a larger network are exchanged.
         torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = model.bucket_bytes_cap = 100_000  # type: ignore[assignment]
@@ -266,8 +266,8 @@ def test_two_compiled_ranks_have_the_gradient_of_one_process_with_all_images(
     """With the grouping loss, whose mean over ranks is that over images."""
     args = copy.copy(tiny_args)
     args.group_loss_weight = 1.0
-    first, second = on_two_ranks(tmp_path, synchronised_step, args)
-    whole = synchronised_step(args)
+    first, second = on_two_ranks(tmp_path, synchronized_step, args)
+    whole = synchronized_step(args)
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, whole["loss"], rtol=1e-5, atol=0)
     for rank in (first, second):
         assert off(list(rank["gradients"].values()), list(whole["gradients"].values())) < 1e-4

@@ -31,9 +31,9 @@ from models import build_method
 from models.backbones import ARCHITECTURES
 from tests.reference.framework_names import resnet_rows
 from transfer import convert
-from transfer.encoders import read_encoder, recognise
+from transfer.encoders import read_encoder, infer_arch
 from transfer.formats import FORMATS, detectron2_name, read_detectron2, torchvision_name
-from utils.checkpoint import initialise
+from utils.checkpoint import initialize
 from utils.errors import UsageError
 
 Tiny = Callable[..., list[str]]
@@ -102,7 +102,7 @@ def under(prefix: str, weights: Weights) -> Weights:
 
 
 def released(teacher: Weights, student: Weights) -> dict[str, Any]:
-    """A file as the authors released theirs: a Namespace, DDP's prefix, heads and the optimiser's state beside it."""
+    """A file as the authors released theirs: a Namespace, DDP's prefix, heads and the optimizer's state beside it."""
     heads = {"center": torch.zeros(1, 8), "projector_q.mlp.0.weight": torch.ones(4, 4), "fc.weight": torch.ones(2)}
     model = under("module.", heads | under("encoder_q.", student) | under("encoder_k.", teacher))
     args = argparse.Namespace(arch="resnet50", dataset="COCO", epochs=800, teacher_momentum=0.99)
@@ -505,7 +505,7 @@ def test_timms_own_files_are_read(arch: str, suffix: str, tmp_path: Path) -> Non
 def test_an_architecture_is_known_by_its_shapes(arch: str) -> None:
     with torch.device("meta"):
         weights = encoder(torchvision.models.get_model(arch).state_dict())
-    assert recognise(weights, "file") == arch
+    assert infer_arch(weights, "file") == arch
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16, 32])
@@ -515,7 +515,7 @@ def test_a_vit_gets_a_name_that_timm_builds_its_shapes_from_or_none(size: str, p
     with torch.device("meta"):
         weights = encoder(timm.create_model(f"vit_{size}_patch16_224", patch_size=patch).state_dict())
         try:
-            arch = recognise(weights, "file")
+            arch = infer_arch(weights, "file")
         except UsageError:
             assert not timm.is_model(f"vit_{size}_patch{patch}_224")
             return
@@ -538,7 +538,7 @@ def test_a_resnet50_comes_out_of_every_format_whole_and_says_where_it_comes_from
         "epoch": 800,
         "source": "pair50.pth",
         "source_sha256": hashlib.sha256(pair50.read_bytes()).hexdigest(),
-        "colour_order": "RGB",
+        "color_order": "RGB",
         "mean": MEAN,
         "std": STD,
         "encoder": "teacher",
@@ -680,14 +680,14 @@ def test_a_file_that_says_that_it_wants_bgr_is_fed_bgr(
     pair: Path, converted: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights, provenance = read_back(converted("detectron2"), "detectron2")
-    bgr = {"colour_order": "BGR", "mean": MEAN[::-1], "std": STD[::-1]}
+    bgr = {"color_order": "BGR", "mean": MEAN[::-1], "std": STD[::-1]}
     weights["conv1.weight"] = weights["conv1.weight"].flip(1).contiguous()
     write_anew(tmp_path / "bgr.pkl", "detectron2", weights, provenance | bgr)
     convert_file(pair, tmp_path / "bgr.pkl", "--verify")
     assert "verified" in capsys.readouterr().out
 
 
-def test_normalisation_within_the_network_is_taken_into_account(
+def test_normalization_within_the_network_is_taken_into_account(
     pair: Path, converted: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A network that wants twice the levels, with half the weights, computes the same."""
@@ -810,7 +810,7 @@ def test_another_source_is_caught(
     assert "resnet18" in line
 
 
-@pytest.mark.parametrize("said", [{"colour_order": "BGR"}, {"std": [0.25, 0.25, 0.25]}])
+@pytest.mark.parametrize("said", [{"color_order": "BGR"}, {"std": [0.25, 0.25, 0.25]}])
 def test_a_wrong_word_about_its_input_is_caught(
     said: dict[str, Any], pair: Path, converted: Callable[[str], Path], tmp_path: Path, refused: Refused
 ) -> None:
@@ -1101,7 +1101,7 @@ def test_a_result_is_replaced_only_when_asked_to(bare: Path, tmp_path: Path, ref
 
 
 def test_the_source_is_never_replaced_by_its_own_conversion(pair: Path, tmp_path: Path) -> None:
-    """It holds more than the encoder: the student, the heads, the state of the optimiser."""
+    """It holds more than the encoder: the student, the heads, the state of the optimizer."""
     source = tmp_path / "current.pth"
     shutil.copy(pair, source)
     (tmp_path / "link.pth").symlink_to(source)
@@ -1153,7 +1153,7 @@ def test_an_encoder_that_is_not_there_is_told_with_the_one_that_is(tmp_path: Pat
     assert "teacher" in line
 
 
-@pytest.mark.parametrize("flags", [("--to", "caffe"), ("--encoder", "both"), ("--colour", "BGR"), ("more",)])
+@pytest.mark.parametrize("flags", [("--to", "caffe"), ("--encoder", "both"), ("--color", "BGR"), ("more",)])
 def test_a_wrong_flag_is_told(flags: tuple[str, ...], bare: Path, tmp_path: Path, refused: Refused) -> None:
     assert flags[0] in refused(bare, tmp_path / "out.pth", *flags)
 
@@ -1243,7 +1243,7 @@ def test_a_run_starts_from_files_of_all_kinds(file: str, tiny_args: argparse.Nam
     make, student, teacher = INITS[file]
     torch.save(make(), tmp_path / "in.pth")
     method = build_method(tiny_args)
-    assert {"encoder_q", "encoder_k"} <= set(initialise(method, tmp_path / "in.pth"))
+    assert {"encoder_q", "encoder_k"} <= set(initialize(method, tmp_path / "in.pth"))
     assert_equal(method.encoder_q.state_dict(), student)
     assert_equal(method.encoder_k.state_dict(), teacher)
 
@@ -1263,6 +1263,6 @@ def test_a_run_starts_from_a_converted_encoder(
     target: str, converted: Callable[[str], Path], tiny_args: argparse.Namespace
 ) -> None:
     method = build_method(tiny_args)
-    initialise(method, converted(target))
+    initialize(method, converted(target))
     assert_equal(method.encoder_q.state_dict(), TEACHER)
     assert_equal(method.encoder_k.state_dict(), TEACHER)

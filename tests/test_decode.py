@@ -21,16 +21,16 @@ from tests.test_views import picture
 from utils import resume
 from utils.batch import Batch
 from utils.errors import UsageError
-from utils.plan import make_plan
+from utils.config import make_plan
 
 RECIPES = slotcon_views(64, 0.08)
-FACTS = ("crops", "flips", "turns", "index", "colour")
+FACTS = ("crops", "flips", "turns", "index", "color")
 
 SAVED: dict[str, Callable[[Path], object]] = {
     "rgb.jpg": lambda path: picture(160, 120).save(path, quality=90),
-    "full_colour.jpg": lambda path: picture(160, 120, 1).save(path, quality=90, subsampling=0),
+    "full_color.jpg": lambda path: picture(160, 120, 1).save(path, quality=90, subsampling=0),
     "progressive.jpg": lambda path: picture(160, 120, 2).save(path, progressive=True),
-    "grey.jpg": lambda path: picture(160, 120, 3).convert("L").save(path),
+    "gray.jpg": lambda path: picture(160, 120, 3).convert("L").save(path),
     "odd.jpg": lambda path: picture(157, 43, 4).save(path, quality=95),
     "tall.jpg": lambda path: picture(31, 399, 5).save(path),
     "dot.jpg": lambda path: picture(1, 1, 6).save(path),
@@ -229,14 +229,14 @@ def test_without_any_readable_file_images_are_black(tmp_path: Path) -> None:
 
 
 def test_damage_inside_is_found_by_the_decoder_and_the_rest_of_the_batch_kept(kinds: Path, tmp_path: Path) -> None:
-    names = ["rgb.jpg", "rgb.png", "grey.jpg", "odd.jpg"]
+    names = ["rgb.jpg", "rgb.png", "gray.jpg", "odd.jpg"]
     for name in names:
         (tmp_path / name).write_bytes((kinds / name).read_bytes())
     whole, _ = both(tmp_path, names)
-    (tmp_path / "grey.jpg").write_bytes(broken_tables())
+    (tmp_path / "gray.jpg").write_bytes(broken_tables())
     with pytest.warns(UserWarning, match="--decode gpu: a batch is decoded on the host"):
         _, by_device = both(tmp_path, names)
-    assert by_device.unreadable == (str(tmp_path / "grey.jpg"),)
+    assert by_device.unreadable == (str(tmp_path / "gray.jpg"),)
     assert not any(view[2].any() for view in by_device.views)
     assert_same_facts(whole, by_device)
     kept = [0, 1, 3]
@@ -282,10 +282,10 @@ def test_a_change_of_the_decoder_changes_the_result() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_host_waits_at_most_once_outside_the_decoder(kinds: Path) -> None:
     """For the stream's own earlier work, before nvJPEG may write into memory that it has freed; what nvJPEG waits
-    for inside torchvision is not seen here. Pixels are the workers': full colour within two roundings, subsampled
-    colour within what repeating it does (1.2 levels in the mean and 19 where Pillow's pixels imitate that)."""
-    full_colour = ["full_colour.jpg", "grey.jpg", *sorted(AS_PIXELS)]
-    for names, mean, most in ((full_colour, 1.0, 4), ([*SAVED], 4.0, 48)):
+    for inside torchvision is not seen here. Pixels are the workers': full color within two roundings, subsampled
+    color within what repeating it does (1.2 levels in the mean and 19 where Pillow's pixels imitate that)."""
+    full_color = ["full_color.jpg", "gray.jpg", *sorted(AS_PIXELS)]
+    for names, mean, most in ((full_color, 1.0, 4), ([*SAVED], 4.0, 48)):
         both(kinds, names, "cuda")  # cuDNN and nvJPEG set themselves up
         dataset = SceneDataset(kinds, names, RECIPES, 0, send_sources=True)
         undecoded = collate([dataset[number] for number in range(len(names))]).pin_memory()
@@ -307,7 +307,7 @@ def test_on_a_gpu_the_host_waits_at_most_once_outside_the_decoder(kinds: Path) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_queued_work_keeps_the_memory_it_reads(kinds: Path) -> None:
     """Memory freed while queued kernels still read it is given to the decoder, which must not write it early."""
-    names = ["full_colour.jpg"] * 8
+    names = ["full_color.jpg"] * 8
     both(kinds, names, "cuda")
     dataset = SceneDataset(kinds, names, RECIPES, 0, send_sources=True)
     undecoded = collate([dataset[number] for number in range(len(names))])

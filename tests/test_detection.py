@@ -21,7 +21,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-from tests.conftest import mistake_of
+from tests.conftest import run_expecting_usage_error
 from transfer.detection import train_net
 from transfer.pickles import read_pickle
 
@@ -416,7 +416,7 @@ def test_results_are_json_whatever_they_are(finetune: ModuleType, tmp_path: Path
     assert "NaN" not in path.read_text()
 
 
-mistake = partial(mistake_of, train_net.main)
+mistake = partial(run_expecting_usage_error, train_net.main)
 
 
 @pytest.mark.parametrize(

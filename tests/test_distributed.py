@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models import build_method
 from models.grouping import occupied, prototype_scores
 from models.heads import MLP
-from models.norm import synchronise_batch_norm
+from models.norm import convert_sync_batchnorm
 from utils import distributed
 from utils.batch import Batch
 from utils.finite import FiniteGuard
@@ -51,7 +51,7 @@ def share(batch: Batch) -> Batch:
 
 
 def contrast(args: argparse.Namespace) -> Result:
-    """Slot contrast alone, its gradients, the centre, and how many queries each direction had.
+    """Slot contrast alone, its gradients, the center, and how many queries each direction had.
 
     With identity for a predictor and batch norm by running statistics, ranks meet in the collectives only.
     """
@@ -103,7 +103,7 @@ def test_the_slot_contrast_over_ranks_is_that_of_all_images(tiny_args: argparse.
         torch.testing.assert_close(mean, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()), msg=name)
 
 
-def test_the_centre_is_the_same_on_all_ranks_and_that_of_all_images(
+def test_the_center_is_the_same_on_all_ranks_and_that_of_all_images(
     tiny_args: argparse.Namespace, tmp_path: Path
 ) -> None:
     first, second = on_two_ranks(tmp_path, contrast, tiny_args)
@@ -118,7 +118,7 @@ def rows_through_a_predictor(rows: Tensor) -> Result:
     torch.manual_seed(0)
     predictor = MLP(5, 7, 5, maps=False)
     if distributed.world_size() > 1:
-        synchronise_batch_norm(predictor)
+        convert_sync_batchnorm(predictor)
         rows = rows[:8] if distributed.rank() == 0 else rows[8:]
     out = predictor(rows)
     (out**3).sum().backward()
@@ -127,7 +127,7 @@ def rows_through_a_predictor(rows: Tensor) -> Result:
 
 
 @pytest.mark.parametrize("real", [range(0, 16, 3), [9], [2, 9], []])
-def test_a_synchronised_predictor_has_the_statistics_of_all_ranks_queries(real: Any, tmp_path: Path) -> None:
+def test_a_synchronized_predictor_has_the_statistics_of_all_ranks_queries(real: Any, tmp_path: Path) -> None:
     rows = torch.zeros(16, 5)
     rows[list(real)] = torch.randn(len(list(real)), 5, generator=torch.Generator().manual_seed(1))
     first, second = on_two_ranks(tmp_path, rows_through_a_predictor, rows)
@@ -161,7 +161,7 @@ def step_with_lonely_queries(args: argparse.Namespace) -> Result:
     """One DDP step in which rank 0's slots never meet their positives."""
     torch.manual_seed(0)
     method = build_method(args)
-    model = distributed.parallel(method, torch.device("cpu"))
+    model = distributed.wrap_ddp(method, torch.device("cpu"))
     batch = share(make_batch())
     if distributed.rank() == 0:
         with torch.no_grad():  # rank 0's student sees only prototype 0, its teacher only prototype 1
@@ -197,7 +197,7 @@ def trained_parameters(args: argparse.Namespace) -> Result:
     """A DDP step with the slot contrast switched off."""
     args.group_loss_weight = 1.0
     method = build_method(args)
-    out = distributed.parallel(method, torch.device("cpu"))(share(make_batch()))
+    out = distributed.wrap_ddp(method, torch.device("cpu"))(share(make_batch()))
     out["loss"].backward()
     return {"without": [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]}
 

@@ -17,7 +17,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def draw(shape: tuple[int, int, int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (B,D,H,W) that are off centre and of uneven length, and prototypes (K,D)."""
+    """Features (B,D,H,W) that are off center and of uneven length, and prototypes (K,D)."""
     B, D, K, H, W = shape
     rng = np.random.default_rng(seed)
     length = rng.uniform(0.1, 10, (B, 1, H, W))

@@ -42,7 +42,7 @@ def test_the_host_reads_nothing_back_in_a_step(flags: list[str], tiny: Callable[
     guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, 64, run.plan.steps_per_epoch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batches = iter([no_data(8, args.image_size)] * args.accum_steps)
-        main_pretrain.optimise(run, run.method, batches, guard, meter, 3)
+        main_pretrain.optimize(run, run.method, batches, guard, meter, 3)
         assert meter.health is not None
         with pytest.raises(DataDependentOutputException):
             meter.read(4)  # once a report

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import main_pretrain
 from models import build_method
-from models.health import slot_health
+from models.slot_health import slot_health
 from tests.reference import health as reference
-from utils.health import SlotHealth
+from models.slot_health import SlotHealth
 
 Tiny = Callable[..., list[str]]
 HEALTHY = {"assignment_entropy": 0.5, "largest_slot": 0.3, "prototypes_used": 1.0, "positives": 20.0}

@@ -37,20 +37,20 @@ def test_distillation_is_that_of_the_reference(
 ) -> None:
     rng = np.random.default_rng(seed)
     student, teacher = scores_of(rng, *shape), scores_of(rng, *shape)
-    centre, valid = scores_of(rng, 1, shape[1]), torch.from_numpy(rng.random(shape[0]) < 0.7)
+    center, valid = scores_of(rng, 1, shape[1]), torch.from_numpy(rng.random(shape[0]) < 0.7)
     valid[0] = True
-    found = distillation(student, teacher, centre, *temperatures, valid=valid)
-    expected = reference.distillation(student.numpy(), teacher.numpy(), centre[0].numpy(), valid.numpy(), *temperatures)
+    found = distillation(student, teacher, center, *temperatures, valid=valid)
+    expected = reference.distillation(student.numpy(), teacher.numpy(), center[0].numpy(), valid.numpy(), *temperatures)
     assert relative_error(found, expected) < 1e-5
 
 
 def test_images_without_a_valid_pair_count_neither_in_the_sum_nor_in_the_mean() -> None:
     rng = np.random.default_rng(2)
-    student, teacher, centre = scores_of(rng, 3, 4, 2, 2), scores_of(rng, 3, 4, 2, 2), scores_of(rng, 1, 4)
+    student, teacher, center = scores_of(rng, 3, 4, 2, 2), scores_of(rng, 3, 4, 2, 2), scores_of(rng, 1, 4)
     student[1], teacher[1] = torch.nan, torch.nan
     student.requires_grad_(True)
-    some = distillation(student, teacher, centre, 0.1, 0.07, valid=torch.tensor([True, False, True]))
-    rest = distillation(student[::2], teacher[::2], centre, 0.1, 0.07, valid=torch.tensor([True, True]))
+    some = distillation(student, teacher, center, 0.1, 0.07, valid=torch.tensor([True, False, True]))
+    rest = distillation(student[::2], teacher[::2], center, 0.1, 0.07, valid=torch.tensor([True, True]))
     torch.testing.assert_close(some, rest)
 
 
@@ -69,11 +69,11 @@ def test_without_any_valid_pair_distillation_is_zero_and_so_is_its_gradient() ->
 def test_the_gradient_of_distillation_is_the_slope_of_the_reference_and_stops_at_the_teacher() -> None:
     rng = np.random.default_rng(4)
     student = scores_of(rng, 3, 4, 1, 2).requires_grad_(True)
-    teacher, centre = scores_of(rng, 3, 4, 1, 2).requires_grad_(True), scores_of(rng, 1, 4)
+    teacher, center = scores_of(rng, 3, 4, 1, 2).requires_grad_(True), scores_of(rng, 1, 4)
     valid = torch.tensor([True, False, True])
-    distillation(student, teacher, centre, 0.1, 0.07, valid=valid).backward()
+    distillation(student, teacher, center, 0.1, 0.07, valid=valid).backward()
     slope = gradient(
-        lambda place: reference.distillation(place, teacher.detach().numpy(), centre[0].numpy(), valid.numpy()),
+        lambda place: reference.distillation(place, teacher.detach().numpy(), center[0].numpy(), valid.numpy()),
         student.detach().numpy(),
     )
     assert student.grad is not None
@@ -252,16 +252,16 @@ def test_half_precision_inputs_give_float32_losses() -> None:
     queries, keys, positives = nce_case(7)
     rng = np.random.default_rng(7)
     student, teacher = scores_of(rng, 2, 4, 2, 2).bfloat16(), scores_of(rng, 2, 4, 2, 2).bfloat16()
-    queries, keys, centre, valid = (
+    queries, keys, center, valid = (
         queries.bfloat16(),
         keys.bfloat16(),
         scores_of(rng, 1, 4),
         torch.ones(2).bool(),
     )
-    group = distillation(student, teacher, centre, 0.1, 0.07, valid=valid)
+    group = distillation(student, teacher, center, 0.1, 0.07, valid=valid)
     contrast = slot_contrast(queries, keys, positives, 0.2)
     assert group.dtype == contrast.dtype == torch.float32
-    whole = distillation(student.float(), teacher.float(), centre, 0.1, 0.07, valid=valid)
+    whole = distillation(student.float(), teacher.float(), center, 0.1, 0.07, valid=valid)
     assert relative_error(group, whole) < 1e-6
     assert relative_error(contrast, reference_nce(queries.float().numpy(), keys.float(), 0.2)) < 1e-5
 
@@ -277,7 +277,7 @@ def slotcon_args(*more: str) -> Any:
 
 
 def slotcon(seed: int, *more: str) -> nn.Module:
-    """A SlotCon as in mid-training: a teacher that lags, a centre, and features that differ among places."""
+    """A SlotCon as in mid-training: a teacher that lags, a center, and features that differ among places."""
     torch.manual_seed(seed)
     method = build_method(slotcon_args(*more)).train()
     with torch.no_grad():
@@ -295,8 +295,8 @@ def slotcon(seed: int, *more: str) -> nn.Module:
 def views_of(seed: int, B: int = 4, apart: tuple[int, ...] = (1,)) -> Batch:
     """B images in two random crops with random flips; those numbered in `apart` do not meet."""
     rng = np.random.default_rng(seed)
-    centre, reach = rng.uniform(50, 60, (B, 2, 2)), rng.uniform(10, 50, (B, 2, 4))
-    crops = np.concatenate([centre - reach[..., :2], centre + reach[..., 2:]], axis=-1)
+    center, reach = rng.uniform(50, 60, (B, 2, 2)), rng.uniform(10, 50, (B, 2, 4))
+    crops = np.concatenate([center - reach[..., :2], center + reach[..., 2:]], axis=-1)
     crops[list(apart)] = APART
     generator = torch.Generator().manual_seed(seed)
     return Batch(
@@ -316,7 +316,7 @@ class Inputs(NamedTuple):
     prototypes_q: Array
     prototypes_k: Array
     predictor: dict[str, Array]
-    centre: Array
+    center: Array
 
 
 def doubled(tensor: Tensor) -> Array:
@@ -340,7 +340,7 @@ def inputs_of(method: nn.Module, batch: Batch) -> Inputs:
 
 
 def compose(inputs: Inputs, batch: Batch, weight: float = 0.5) -> dict[str, Any]:
-    """SlotCon from the references alone: loss, its two parts, and the centre that follows."""
+    """SlotCon from the references alone: loss, its two parts, and the center that follows."""
     B = len(batch.index)
     student = [grouping.cosine_scores(z, inputs.prototypes_q) for z in inputs.student]
     teacher = [grouping.cosine_scores(z, inputs.prototypes_k) for z in inputs.teacher]
@@ -358,7 +358,7 @@ def compose(inputs: Inputs, batch: Batch, weight: float = 0.5) -> dict[str, Any]
     loss_group = reference.grouping_loss(
         (aligned["student"][0], aligned["student"][1]),
         (aligned["teacher"][0], aligned["teacher"][1]),
-        inputs.centre,
+        inputs.center,
         valid,
     )
 
@@ -375,7 +375,7 @@ def compose(inputs: Inputs, batch: Batch, weight: float = 0.5) -> dict[str, Any]
         "loss": reference.total(loss_group, loss_contrast, weight),
         "loss_group": loss_group,
         "loss_contrast": loss_contrast,
-        "center": reference.update_centre(inputs.centre, teacher),
+        "center": reference.update_center(inputs.center, teacher),
     }
 
 
@@ -395,18 +395,18 @@ def test_slotcon_is_the_composition_of_the_references(seed: int) -> None:
     assert expected["loss_contrast"] > 0
 
 
-def test_slotcon_starts_with_equal_networks_and_a_centre_of_zero() -> None:
+def test_slotcon_starts_with_equal_networks_and_a_center_of_zero() -> None:
     torch.manual_seed(0)
     method = build_method(slotcon_args()).train()
     inputs = inputs_of(method, views_of(3))
     for student, teacher in zip(inputs.student, inputs.teacher):
         np.testing.assert_array_equal(student, teacher)
     np.testing.assert_array_equal(inputs.prototypes_q, inputs.prototypes_k)
-    assert (inputs.centre == 0).all()
+    assert (inputs.center == 0).all()
     check_against_composition(method, views_of(3))
 
 
-def test_images_whose_views_do_not_meet_leave_the_grouping_loss_and_stay_in_contrast_and_centre() -> None:
+def test_images_whose_views_do_not_meet_leave_the_grouping_loss_and_stay_in_contrast_and_center() -> None:
     expected = check_against_composition(slotcon(4), views_of(4, apart=(0, 1, 2, 3)))
     assert expected["loss_group"] == 0
     assert expected["loss_contrast"] > 0

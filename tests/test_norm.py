@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.backbones import build_encoder
 from models.heads import MLP, RowBatchNorm
-from models.norm import SyncBatchNorm, _layout, _Normalise, synchronise_batch_norm
+from models.norm import SyncBatchNorm, _layout, _Normalize, convert_sync_batchnorm
 from tests.test_distributed import on_two_ranks
 from utils import distributed
 
@@ -71,8 +71,8 @@ def batch_norm_backward_reduce(
     assert gradient.dtype == x.dtype
     assert gradient.stride() == x.stride()
     total = gradient.double().sum(OVER)
-    total_centred = (gradient * (x - wide(mean))).sum(OVER)
-    results = [v.float() for v in (total, total_centred, total_centred * invstd, total)]
+    total_centered = (gradient * (x - wide(mean))).sum(OVER)
+    results = [v.float() for v in (total, total_centered, total_centered * invstd, total)]
     if x.is_contiguous(memory_format=torch.channels_last):
         return tuple(results)  # this kernel does not look at what is wanted
     return tuple(v if wanted else None for v, wanted in zip(results, (to_x, to_x, to_weight, to_bias)))
@@ -85,15 +85,15 @@ def batch_norm_backward_elemt(
     invstd: Tensor,
     weight: Tensor,
     total: Tensor,
-    total_centred: Tensor,
+    total_centered: Tensor,
     counts: Tensor,
 ) -> Tensor:
     assert counts.dtype == torch.int32
     assert counts.is_contiguous()
     assert total.is_contiguous()
-    assert total_centred.is_contiguous()
+    assert total_centered.is_contiguous()
     assert gradient.stride() == x.stride()
-    along = (x - wide(mean)) * wide(invstd) ** 2 * wide(total_centred) / counts.sum()
+    along = (x - wide(mean)) * wide(invstd) ** 2 * wide(total_centered) / counts.sum()
     return ((gradient - wide(total) / counts.sum() - along) * wide(weight) * wide(invstd)).to(x.dtype)
 
 
@@ -231,7 +231,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_normalise_as_one_process_with_all_images(name: str, ranks: list[Result]) -> None:
+def test_two_ranks_normalize_as_one_process_with_all_images(name: str, ranks: list[Result]) -> None:
     case = CASES[name]
     first, second = (rank[name] for rank in ranks)
     whole = step(case.norm(nn.BatchNorm2d).double(), case.maps(1).double(), case.maps(2).double())
@@ -294,7 +294,7 @@ def test_a_network_keeps_its_tensors() -> None:
     norms[3].eps, norms[3].momentum = 0.25, 0.5
     norms[5].train().weight.requires_grad_(False)
     before = dict(model.named_parameters()), dict(model.named_buffers()), model.state_dict()
-    synchronise_batch_norm(model)
+    convert_sync_batchnorm(model)
     after = dict(model.named_parameters()), dict(model.named_buffers()), model.state_dict()
     for old, new in zip(before, after):
         assert list(old) == list(new)
@@ -308,12 +308,12 @@ def test_a_network_keeps_its_tensors() -> None:
     norms = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
     assert (norms[3].eps, norms[3].momentum) == (0.25, 0.5)
     assert [n for n, norm in enumerate(norms) if norm.training] == [5]
-    assert all(module.synchronised for module in model.modules() if isinstance(module, RowBatchNorm))
+    assert all(module.synchronized for module in model.modules() if isinstance(module, RowBatchNorm))
 
 
-def test_a_batch_norm_alone_is_synchronised_too() -> None:
+def test_a_batch_norm_alone_is_synchronized_too() -> None:
     norm = nn.BatchNorm2d(2)
-    synchronise_batch_norm(norm)
+    convert_sync_batchnorm(norm)
     assert isinstance(norm, SyncBatchNorm)
 
 
@@ -363,8 +363,8 @@ def test_the_emulations_are_what_the_gpu_computes(layout_and_dtype: tuple[str, t
     run("batch_norm_elemt", x, weight, bias, mean, invstd, case.eps)
     statistics = mean, invstd, weight
     run("batch_norm_backward_reduce", gradient, x, *statistics, True, False, True)
-    total, total_centred, _, _ = run("batch_norm_backward_reduce", gradient, x, *statistics, True, True, True)
-    run("batch_norm_backward_elemt", gradient, x, *statistics, total, total_centred, counts.int())
+    total, total_centered, _, _ = run("batch_norm_backward_reduce", gradient, x, *statistics, True, True, True)
+    run("batch_norm_backward_elemt", gradient, x, *statistics, total, total_centered, counts.int())
 
 
 @pytest.fixture
@@ -379,7 +379,7 @@ def nccl(tmp_path: Path) -> Iterator[None]:
 @on_gpu
 @pytest.mark.usefixtures("nccl")
 @pytest.mark.parametrize("layout_and_dtype", GPU_CASES)
-def test_a_gpu_normalises_without_waiting(layout_and_dtype: tuple[str, torch.dtype]) -> None:
+def test_a_gpu_normalizes_without_waiting(layout_and_dtype: tuple[str, torch.dtype]) -> None:
     case = GPU_CASES[layout_and_dtype]
     gradient = in_layout(case.maps(2), case.layout).cuda()
     results = []
@@ -391,7 +391,7 @@ def test_a_gpu_normalises_without_waiting(layout_and_dtype: tuple[str, torch.dty
         torch.cuda.set_sync_debug_mode("error")
         try:
             if kind is SyncBatchNorm:  # with one rank the module itself would not go over ranks
-                out = _Normalise.apply(x, norm.weight, norm.bias, *statistics, case.momentum, case.eps)
+                out = _Normalize.apply(x, norm.weight, norm.bias, *statistics, case.momentum, case.eps)
             else:
                 out = norm(x)
             out.backward(gradient)

@@ -10,27 +10,27 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from data.scenes import render_scene
+from data.demo import render_scene
 
 Tiny = Callable[..., list[str]]
 
 
 @pytest.fixture
-def labelled(tmp_path: Path) -> Path:
+def labeled(tmp_path: Path) -> Path:
     """Six scenes to train on and four to measure on, with their masks."""
     for split, count in (("train", 6), ("val", 4)):
         for number in range(count):
             for kind, pixels in zip(("images", "masks"), render_scene(0, split, number, 96, 72)):
-                folder = tmp_path / "labelled" / split / kind
+                folder = tmp_path / "labeled" / split / kind
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
-    return tmp_path / "labelled"
+    return tmp_path / "labeled"
 
 
-def test_it_reports_every_so_many_epochs_and_changes_nothing(labelled: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_it_reports_every_so_many_epochs_and_changes_nothing(labeled: Path, tiny: Tiny, tmp_path: Path) -> None:
     main_pretrain.main(tiny("--epochs", "3"))
     (tmp_path / "run").rename(tmp_path / "plain")
-    main_pretrain.main(tiny("--epochs", "3", "--probe-freq", "2", "--probe-dir", str(labelled)))
+    main_pretrain.main(tiny("--epochs", "3", "--probe-freq", "2", "--probe-dir", str(labeled)))
     reports = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [report["epoch"] for report in reports if "probe_miou" in report] == [2, 3]
     assert all(0 < report["probe_miou"] <= 100 for report in reports if "probe_miou" in report)
@@ -44,7 +44,7 @@ def test_it_reports_every_so_many_epochs_and_changes_nothing(labelled: Path, tin
 @pytest.mark.parametrize(
     ("flags", "named"), [([], "needs --probe-dir"), (["--probe-dir", "nowhere"], "no pairs of image and mask")]
 )
-def test_without_labelled_images_one_line_says_so(
+def test_without_labeled_images_one_line_says_so(
     flags: list[str], named: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:

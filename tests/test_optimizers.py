@@ -1,4 +1,4 @@
-"""utils/optimizers.py against the reference, and its behaviour under mixed precision and resume."""
+"""utils/optimizers.py against the reference, and its behavior under mixed precision and resume."""
 
 import copy
 

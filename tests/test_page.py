@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from data.datasets import build_dataset
-from utils.figures.looking import Observer, Squares
-from utils.figures.page import build_page
-from utils.figures.survey import Survey
+from transfer.figures.looking import Observer, Squares
+from transfer.figures.page import build_page
+from transfer.figures.survey import Survey
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
@@ -191,13 +191,13 @@ def test_a_link_leads_to_its_prototype_even_if_it_was_filtered_out(opened: Any) 
 
 @pytest.mark.parametrize("width", [320, 390, 1200, 2500])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_every_width_and_both_colour_schemes(width: int, scheme: str, opened: Any) -> None:
+def test_it_fits_every_width_and_both_color_schemes(width: int, scheme: str, opened: Any) -> None:
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     assert opened.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     paper, ink = opened.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
-    bright = [sum(int(level) for level in colour[4:-1].split(",")) / 765 for colour in (paper, ink)]
+    bright = [sum(int(level) for level in color[4:-1].split(",")) / 765 for color in (paper, ink)]
     assert (bright[0] > 0.9 and bright[1] < 0.2) if scheme == "light" else (bright[0] < 0.1 and bright[1] > 0.85)
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import main_pretrain
-from data.prefetch import prefetch
+from data.loader import prefetch
 from models.alignment import align
 from models.grouping import Grouping
 from models.losses import distillation, slot_contrast
@@ -48,10 +48,10 @@ def test_a_step_on_a_gpu_never_waits_for_it(flags: list[str], tiny: Callable[...
     sampler = main_pretrain.EpochSampler(run.plan, 0, args.seed)
     batches = prefetch(main_pretrain.build_loader(dataset, sampler, 0, pin_memory=True), device)
     guard, meter = FiniteGuard(run.method, device), Meter(device, len(dataset), 4)
-    main_pretrain.optimise(run, run.method, batches, guard, meter, 0)
+    main_pretrain.optimize(run, run.method, batches, guard, meter, 0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        main_pretrain.optimise(run, run.method, batches, guard, meter, 1)
+        main_pretrain.optimize(run, run.method, batches, guard, meter, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

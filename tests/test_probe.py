@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import main_pretrain
 from data import scenes
-from data.scenes import render_scene
+from data.demo import render_scene
 from models import build_method
 from tests.conftest import TINY
 from tests.reference import segmentation_scores as reference
@@ -36,12 +36,12 @@ from transfer.probe import (
     knn_segmentation,
     linear,
     linear_segmentation,
-    neighbours,
+    neighbors,
     unsupervised_segmentation,
 )
 from transfer.probe.command import Task, make_parser
 from transfer.probe.features import Features
-from transfer.probe.labelled import LAYOUTS, Labelled
+from transfer.probe.labeled import LAYOUTS, Labeled
 from transfer.probe.predict import cell_shares, count, label_maps, winners
 from transfer.probe.scores import VOID, confusion, majority, match, relabel, score
 from transfer.trained import build_network, load_encoder, load_slots, untrained, untrained_slots
@@ -213,14 +213,14 @@ TRUTHS = {
 def test_features_that_are_the_truth_score_100_in_every_probe(truth: str) -> None:
     seen = TRUTHS[truth]()
     probe = linear.fit(seen, 4, steps=150, lr=0.05, seed=0, device=CPU)
-    memory = neighbours.remember(seen, 4, 1000, 5, 0.02, 0, CPU)
+    memory = neighbors.remember(seen, 4, 1000, 5, 0.02, 0, CPU)
     for predict in (probe, memory):
         scored = score(count(seen, predict, 4, 4))
         assert (scored.miou, scored.accuracy) == (100, 100)
         assert scored.iou == (100,) * 4
     mixed = torch.eye(4)[[2, 0, 3, 1]]
-    for centres in (torch.eye(4), mixed, torch.cat([mixed, -torch.eye(4)])):
-        counts = count(seen, partial(clusters.nearest, centres), 4, len(centres))
+    for centers in (torch.eye(4), mixed, torch.cat([mixed, -torch.eye(4)])):
+        counts = count(seen, partial(clusters.nearest, centers), 4, len(centers))
         for class_of in (match(counts), majority(counts)):
             scored = score(relabel(counts, class_of))
             assert (scored.miou, scored.accuracy) == (100, 100)
@@ -234,9 +234,9 @@ def test_random_labels_score_chance() -> None:
     noise = [as_features(rng.normal(size=(8, 16, 16, 6)), rng.integers(4, size=(8, 16, 16))) for _ in range(2)]
     train, val = noise
     probe = linear.fit(train, 4, steps=100, lr=0.02, seed=0, device=CPU)
-    memory = neighbours.remember(train, 4, 2048, 1, 0.02, 0, CPU)
-    centres = clusters.kmeans(train, 4, seed=0)
-    counts = count(val, partial(clusters.nearest, centres), 4, 4)
+    memory = neighbors.remember(train, 4, 2048, 1, 0.02, 0, CPU)
+    centers = clusters.kmeans(train, 4, seed=0)
+    counts = count(val, partial(clusters.nearest, centers), 4, 4)
     scores = [score(count(val, predict, 4, 4)) for predict in (probe, memory)]
     for scored in [*scores, score(relabel(counts, match(counts)))]:
         assert scored.accuracy == pytest.approx(25, abs=3.5)
@@ -302,7 +302,7 @@ def test_void_has_no_part_in_the_linear_probe() -> None:
     assert score(count(blobs(1), linear.fit(Features(seen.maps, labels), 3, 200, 0.05, 0, CPU), 3, 3)).accuracy > 99
 
 
-# Nearest neighbours
+# Nearest neighbors
 
 
 @pytest.mark.parametrize("number", [1, 4, 200])
@@ -311,7 +311,7 @@ def test_a_memory_votes_as_loops_do(number: int) -> None:
     train = as_features(rng.normal(size=(3, 4, 4, 5)), rng.choice([0, 1, 2, VOID], (3, 8, 8)))
     shares = reference.cell_shares(train.labels, 4, 4, 3).reshape(-1, 3)
     kept = shares.sum(axis=1) > 0
-    memory = neighbours.remember(train, 3, 1000, number, 0.1, 0, CPU)
+    memory = neighbors.remember(train, 3, 1000, number, 0.1, 0, CPU)
     assert len(memory.keys) == kept.sum()
     keys = train.maps.reshape(-1, 5).astype(np.float64)[kept]
     seen = rng.normal(size=(5, 2, 3))
@@ -321,12 +321,12 @@ def test_a_memory_votes_as_loops_do(number: int) -> None:
         np.testing.assert_allclose(ours[:, y, x], expected, atol=1e-5)
 
 
-def test_a_memory_holds_so_many_labelled_cells_drawn_by_the_seed() -> None:
+def test_a_memory_holds_so_many_labeled_cells_drawn_by_the_seed() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=(4, 6, 6))
     labels[1] = VOID
     train = as_features(rng.normal(size=(4, 6, 6, 5)), labels)
-    first, again, other = (neighbours.remember(train, 3, 20, 3, 0.1, seed, CPU) for seed in (0, 0, 1))
+    first, again, other = (neighbors.remember(train, 3, 20, 3, 0.1, seed, CPU) for seed in (0, 0, 1))
     assert first.keys.shape == (20, 5)
     assert torch.equal(first.keys, again.keys)
     assert not torch.equal(first.keys, other.keys)
@@ -344,13 +344,13 @@ def test_a_memory_holds_so_many_labelled_cells_drawn_by_the_seed() -> None:
 def test_k_means_finds_blobs_and_is_the_same_by_the_same_seed() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(4, size=(5, 8, 8))
-    centres = np.linalg.qr(rng.normal(size=(6, 6)))[0][:4]
+    centers = np.linalg.qr(rng.normal(size=(6, 6)))[0][:4]
     # Direction alone tells a cell's cluster: by distance the first would be several, and the others one.
     lengths = np.where(truth == 0, 100, 1)[..., None] * rng.uniform(0.3, 1, size=(*truth.shape, 1))
-    seen = as_features(lengths * (centres[truth] + 0.05 * rng.normal(size=(*truth.shape, 6))), truth)
+    seen = as_features(lengths * (centers[truth] + 0.05 * rng.normal(size=(*truth.shape, 6))), truth)
     found = clusters.kmeans(seen, 4, seed=3)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
-    cosine = torch.from_numpy(centres).float() @ found.T
+    cosine = torch.from_numpy(centers).float() @ found.T
     assert (cosine.amax(dim=1) > 0.98).all()
     assert sorted(cosine.argmax(dim=1).tolist()) == [0, 1, 2, 3]
     assert torch.equal(found, clusters.kmeans(seen, 4, seed=3))
@@ -360,10 +360,10 @@ def test_k_means_finds_blobs_and_is_the_same_by_the_same_seed() -> None:
 
 def test_nearest_is_the_cosine() -> None:
     generator = torch.Generator().manual_seed(0)
-    centres, seen = torch.randn(3, 5, generator=generator), torch.randn(5, 2, 4, generator=generator)
+    centers, seen = torch.randn(3, 5, generator=generator), torch.randn(5, 2, 4, generator=generator)
     for k, y, x in np.ndindex(3, 2, 4):
-        expected = F.cosine_similarity(centres[k], seen[:, y, x], dim=0)
-        torch.testing.assert_close(clusters.nearest(centres, seen)[k, y, x], expected)
+        expected = F.cosine_similarity(centers[k], seen[:, y, x], dim=0)
+        torch.testing.assert_close(clusters.nearest(centers, seen)[k, y, x], expected)
 
 
 # Layouts
@@ -395,7 +395,7 @@ def make_folder(root: Path, train: int = 4, val: int = 3) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("labelled"))
+    return make_folder(tmp_path_factory.mktemp("labeled"))
 
 
 Made = tuple[dict[str, list[str]], list[list[int]]]
@@ -469,7 +469,7 @@ def test_each_layout_has_its_pairs_and_values(dataset: str, tmp_path: Path) -> N
     expected, labels = make(tmp_path)
     args = arguments(tmp_path, "--dataset", dataset, "--size", "4")
     for split, stems in expected.items():
-        found = Labelled(args, split)
+        found = Labeled(args, split)
         assert [image.stem for image, _ in found.pairs] == stems
         assert len(found.classes) == len(set(found.classes)) == classes
         for number in range(len(found)):
@@ -498,19 +498,19 @@ def test_classes_are_those_that_the_benchmarks_publish() -> None:
 def test_the_demo_is_drawn_and_has_its_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "make_demo", partial(scenes.make_demo, train=3, val=2))
     args = arguments(tmp_path, "--dataset", "demo")
-    train, val = (Labelled(args, split) for split in ("train", "val"))
+    train, val = (Labeled(args, split) for split in ("train", "val"))
     assert (len(train), len(val), train.classes) == (3, 2, scenes.CLASSES)
     pixels, mask = render_scene(0, "val", 1)
-    again, labels = Labelled(arguments(tmp_path, "--dataset", "demo", "--size", "120"), "val")[1]
+    again, labels = Labeled(arguments(tmp_path, "--dataset", "demo", "--size", "120"), "val")[1]
     assert np.array_equal(labels, mask[:, 20:140])
     assert abs(again.permute(1, 2, 0).numpy().astype(int) - pixels[:, 20:140]).mean() < 6  # the demo's are JPEG files
 
 
 def test_real_photographs_have_their_masks(photographs: Path) -> None:
     args = arguments(photographs, "--dataset", "coco-stuff-27", "--train-images", "5", "--val-images", "7")
-    train, val = (Labelled(args, split) for split in ("train", "val"))
+    train, val = (Labeled(args, split) for split in ("train", "val"))
     assert (len(train), len(val), len(val.classes)) == (5, 7, 27)
-    everything = Labelled(arguments(photographs, "--dataset", "coco-stuff-27"), "val")
+    everything = Labeled(arguments(photographs, "--dataset", "coco-stuff-27"), "val")
     assert len(everything) == 100
     assert everything.pairs[:7] == val.pairs
     image, mask = val.pairs[3]
@@ -521,7 +521,7 @@ def test_real_photographs_have_their_masks(photographs: Path) -> None:
     assert set(val[3][1].unique().tolist()) <= set(whole.ravel().tolist())
 
 
-def test_the_centre_square_is_taken_and_labels_are_never_mixed(tmp_path: Path) -> None:
+def test_the_center_square_is_taken_and_labels_are_never_mixed(tmp_path: Path) -> None:
     pixels = np.zeros((60, 100, 3), dtype=np.uint8)
     pixels[:, 20:80] = [200, 0, 0]
     pixels[:, 80:] = [0, 200, 0]
@@ -529,7 +529,7 @@ def test_the_centre_square_is_taken_and_labels_are_never_mixed(tmp_path: Path) -
     write(tmp_path / "val/images/a.png", pixels)
     write(tmp_path / "val/masks/a.png", mask)
     for size in (60, 30, 90):
-        image, labels = Labelled(arguments(tmp_path, "--size", str(size)), "val")[0]
+        image, labels = Labeled(arguments(tmp_path, "--size", str(size)), "val")[0]
         assert image.shape == (3, size, size)
         assert labels.unique().tolist() == [7]
         middle = image[:, :, size // 8 : -size // 8].float().mean(dim=(1, 2))
@@ -538,12 +538,12 @@ def test_the_centre_square_is_taken_and_labels_are_never_mixed(tmp_path: Path) -
 
 @pytest.mark.parametrize("size", [64, 50, 31])
 def test_labels_stay_with_their_pixels(size: int, folder: Path) -> None:
-    """The demo draws a grey image of the labels: what is seen of it says what the labels are, but at borders."""
+    """The demo draws a gray image of the labels: what is seen of it says what the labels are, but at borders."""
     _, mask = render_scene(0, "train", 0, 96, 72)
-    root = folder.parent / f"grey_{size}"
+    root = folder.parent / f"gray_{size}"
     write(root / "val/images/a.png", np.repeat(20 * mask[..., None], 3, axis=2))
     write(root / "val/masks/a.png", mask)
-    image, labels = Labelled(arguments(root, "--size", str(size)), "val")[0]
+    image, labels = Labeled(arguments(root, "--size", str(size)), "val")[0]
     same = (image[0].float() / 20).round().long() == labels
     assert same.float().mean() > 0.85
     for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
@@ -554,8 +554,8 @@ def test_labels_stay_with_their_pixels(size: int, folder: Path) -> None:
 def test_a_list_of_validation_images_is_kept_to(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("2\n0\n")
     args = arguments(folder, "--val-list", str(tmp_path / "list.txt"))
-    assert [image.stem for image, _ in Labelled(args, "val").pairs] == ["0", "2"]
-    assert len(Labelled(args, "train")) == 4
+    assert [image.stem for image, _ in Labeled(args, "val").pairs] == ["0", "2"]
+    assert len(Labeled(args, "train")) == 4
 
 
 def test_the_classes_of_a_folder_are_those_of_both_splits(tmp_path: Path) -> None:
@@ -563,7 +563,7 @@ def test_the_classes_of_a_folder_are_those_of_both_splits(tmp_path: Path) -> Non
         write(tmp_path / split / "images/a.png", picture(1))
         write(tmp_path / split / "masks/a.png", np.kron([[0, 1], [largest, 255]], np.ones((2, 2))))
     args = arguments(tmp_path)
-    assert len(Task(args, Labelled(args, "train"), Labelled(args, "val"), CPU).classes) == 5
+    assert len(Task(args, Labeled(args, "train"), Labeled(args, "val"), CPU).classes) == 5
 
 
 # COCO-Stuff
@@ -657,13 +657,13 @@ def test_coarse_masks_are_made_and_a_second_call_goes_on(tmp_path: Path, capsys:
     assert np.array_equal(np.array(Image.open(made[1])), mask)
 
 
-@pytest.mark.parametrize("bad", ["a value", "colours", "no picture", "16 bit", "empty"])
+@pytest.mark.parametrize("bad", ["a value", "colors", "no picture", "16 bit", "empty"])
 def test_maps_of_another_kind_are_refused(bad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "maps/train2017/a.png"
     file.parent.mkdir(parents=True)
     if bad == "a value":
         write(file, [[0, 182]])
-    elif bad == "colours":
+    elif bad == "colors":
         write(file, picture(1))
     elif bad == "no picture":
         file.write_text("none")
@@ -705,13 +705,13 @@ FACTS: dict[str, object] = {"encoder": "teacher", "source_sha256": "abc", "layer
 
 def extracted(see: Counting, cache: Path, root: Path, *more: str, **facts: object) -> Features:
     args = arguments(root, "--cache", str(cache), "--batch-size", "2", *more)
-    return features.extract(see, Labelled(args, "train"), args, CPU, FACTS | facts)
+    return features.extract(see, Labeled(args, "train"), args, CPU, FACTS | facts)
 
 
 def test_features_are_those_of_each_image_alone(folder: Path, tmp_path: Path) -> None:
     network = build_network(untrained("resnet18", 0))
     args = arguments(folder, "--cache", str(tmp_path), "--batch-size", "3")
-    data = Labelled(args, "train")
+    data = Labeled(args, "train")
     found = features.extract(network, data, args, CPU, FACTS)
     assert found.maps.shape == (4, 2, 2, 512)
     assert (found.maps.dtype, found.labels.dtype, found.labels.shape) == (np.float16, np.uint8, (4, 64, 64))
@@ -788,7 +788,7 @@ def test_an_interrupted_extraction_is_not_taken_for_complete(folder: Path, tmp_p
 
 def test_features_beyond_half_precision_stay_finite(folder: Path, tmp_path: Path) -> None:
     args = arguments(folder, "--cache", str(tmp_path))
-    found = features.extract(lambda x: 1e6 * F.avg_pool2d(x, 16), Labelled(args, "train"), args, CPU, FACTS)
+    found = features.extract(lambda x: 1e6 * F.avg_pool2d(x, 16), Labeled(args, "train"), args, CPU, FACTS)
     assert np.isfinite(found.maps).all()
     assert abs(found.maps).max() == np.finfo(np.float16).max
 
@@ -809,7 +809,7 @@ def test_another_checkpoint_size_and_stride_are_told_apart_by_the_commands_task(
 
     def look(seed: int, *flags: str) -> int:
         args = arguments(folder, "--cache", str(tmp_path), *flags)
-        data = Labelled(args, "val")
+        data = Labeled(args, "val")
         see = Counting()
         encoder = read_or_make(seed)
         Task(args, data, data, CPU).look(data, see, encoder)
@@ -827,11 +827,11 @@ def test_another_checkpoint_size_and_stride_are_told_apart_by_the_commands_task(
 def untrained_projections(slots_path: Path, folder: Path, cache: Path) -> Features:
     args = arguments(folder, "--cache", str(cache))
     args.checkpoint = str(slots_path)
-    data = Labelled(args, "val")
+    data = Labeled(args, "val")
     return unsupervised_segmentation.probe(make_task(args, data), untrained("resnet18", 0)).seen
 
 
-def make_task(args: argparse.Namespace, data: Labelled) -> Task:
+def make_task(args: argparse.Namespace, data: Labeled) -> Task:
     args.clusters, args.prototypes = None, True
     return Task(args, data, data, CPU)
 
@@ -1026,7 +1026,7 @@ def real(photographs: Path, *more: object) -> list[object]:
     ("name", "flags", "measures"),
     [
         ("linear", ["--steps", "50"], ["linear probe"]),
-        ("knn", ["--memory", "100"], ["nearest neighbours"]),
+        ("knn", ["--memory", "100"], ["nearest neighbors"]),
         ("unsupervised", ["--prototypes"], ["Hungarian, one to one", "majority, many to one"]),
     ],
 )
@@ -1059,7 +1059,7 @@ def test_each_command_measures_a_checkpoint_and_its_baseline_on_real_photographs
         pixels = np.array(shown)
     args = arguments(photographs, "--dataset", "coco-stuff-27", "--val-images", "4")
     for number in range(4):
-        image, labels = Labelled(args, "val")[number]
+        image, labels = Labeled(args, "val")[number]
         left = 110 + 64 * number
         assert np.array_equal(pixels[:64, left : left + 64], image.permute(1, 2, 0))
         black = (pixels[64:128, left : left + 64] == 0).all(axis=2)
@@ -1096,7 +1096,7 @@ def test_the_validation_images_are_those_that_are_scored(
 
     monkeypatch.setattr(PROBES[name], "count", recording)
     run_here(name, "random", folder, tmp_path, "--arch", "resnet18")
-    val = Labelled(arguments(folder), "val")
+    val = Labeled(arguments(folder), "val")
     assert np.array_equal(scored, [[labels.numpy() for _, labels in (val[number] for number in range(len(val)))]])
 
 
@@ -1147,9 +1147,9 @@ def test_two_processes_of_torchrun_extract_the_features_of_one_and_give_its_numb
     assert len(files) == 4
     for file in files:
         np.testing.assert_allclose(np.load(together / file), np.load(alone / file), atol=2e-3, rtol=2e-3)
-    two = results(tmp_path / "two")["results"]["checkpoint"]["nearest neighbours"]
+    two = results(tmp_path / "two")["results"]["checkpoint"]["nearest neighbors"]
     for measure in ("miou", "accuracy"):
-        assert two[measure] == pytest.approx(one["results"]["checkpoint"]["nearest neighbours"][measure], abs=0.5)
+        assert two[measure] == pytest.approx(one["results"]["checkpoint"]["nearest neighbors"][measure], abs=0.5)
 
 
 @pytest.mark.parametrize("name", [*PROBES, "cocostuff"])
@@ -1181,7 +1181,7 @@ def mistake(
         *(("linear", ["--lr", value]) for value in ("-1", "nan")),
         *(("unsupervised", ["--clusters", value]) for value in ("0", "-2", "100000")),
         *(("knn", ["--memory", value]) for value in ("0", "-1")),
-        *(("knn", ["--neighbours", value]) for value in ("0", "-1")),
+        *(("knn", ["--neighbors", value]) for value in ("0", "-1")),
         *(("knn", ["--temperature", value]) for value in ("0", "-1", "nan")),
         *(("knn", ["--train-images", value]) for value in ("0", "-1")),
         *(("knn", ["--val-images", value]) for value in ("0", "-1")),

@@ -15,7 +15,7 @@ from torch import Tensor
 import main_pretrain
 from data.datasets import build_dataset
 from data.loader import collate
-from data.prefetch import prefetch
+from data.loader import prefetch
 from models import build_method
 from models.slotcon import SlotCon
 from utils.batch import Batch
@@ -178,12 +178,12 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) ->
         run.plan = dataclasses.replace(run.plan, peak_lr=1.0)
         before = run.method.encoder_q[0].weight.clone()  # type: ignore[index]
         guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, len(dataset), run.plan.steps_per_epoch)
-        main_pretrain.optimise(run, run.method, prefetch(fed, run.device), guard, meter, 0)
+        main_pretrain.optimize(run, run.method, prefetch(fed, run.device), guard, meter, 0)
         return (run.method.encoder_q[0].weight - before).detach()  # type: ignore[index]
 
     alone = main_pretrain.parse_args(tiny(*flags))
     mean = (moved(alone, batches[0]) + moved(alone, batches[1])) / 2
-    # The second batch meets a centre that the first has moved, which the grouping loss feels a little.
+    # The second batch meets a center that the first has moved, which the grouping loss feels a little.
     torch.testing.assert_close(moved(args, *batches), mean, rtol=0, atol=0.03 * float(mean.detach().abs().max()))
 
 
@@ -213,7 +213,7 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(tiny: Tiny, tmp_path: Pat
 
 
 def released_checkpoint(args: argparse.Namespace, path: Path) -> dict[str, Tensor]:
-    """A file as the authors released them: a Namespace, DDP's prefix, the optimiser's state."""
+    """A file as the authors released them: a Namespace, DDP's prefix, the optimizer's state."""
     torch.manual_seed(7)
     weights = build_method(args).state_dict()
     weights["center"] += 0.5
@@ -237,7 +237,7 @@ def test_the_weights_have_the_names_of_the_released_checkpoints(tiny_args: argpa
     assert weights["predictor_slot.mlp.6.weight"].shape == (16, 32)
 
 
-def initialised(argv: list[str]) -> dict[str, Tensor]:
+def initialized(argv: list[str]) -> dict[str, Tensor]:
     """The weights that a run starts from: it trains for one step at a learning rate of zero."""
     main_pretrain.main([*argv, "--base-lr", "0", "--batch-size", "16", "--epochs", "1", "--teacher-momentum", "1"])
     folder = Path(argv[argv.index("--output-dir") + 1])
@@ -250,7 +250,7 @@ def learned(name: str) -> bool:
 
 def test_init_takes_a_released_checkpoint_whole(tiny: Tiny, tiny_args: argparse.Namespace, tmp_path: Path) -> None:
     expected = released_checkpoint(tiny_args, tmp_path / "released.pth")
-    found = initialised(tiny("--init", str(tmp_path / "released.pth")))
+    found = initialized(tiny("--init", str(tmp_path / "released.pth")))
     assert set(found) == set(expected)
     for name in filter(learned, expected):
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=name)
@@ -260,7 +260,7 @@ def test_init_with_another_number_of_prototypes_keeps_the_networks(
     tiny: Tiny, tiny_args: argparse.Namespace, tmp_path: Path
 ) -> None:
     expected = released_checkpoint(tiny_args, tmp_path / "released.pth")
-    found = initialised(tiny("--init", str(tmp_path / "released.pth"), "--num-prototypes", "20"))
+    found = initialized(tiny("--init", str(tmp_path / "released.pth"), "--num-prototypes", "20"))
     assert found["grouping_k.slot_embed.weight"].shape == (20, 16)
     for name in filter(learned, expected):
         if "slot_embed" not in name:
@@ -272,18 +272,18 @@ def test_init_takes_a_backbone_alone_for_student_and_teacher(prefix: str, tiny: 
     torch.manual_seed(7)
     resnet = torchvision.models.resnet18().state_dict()
     torch.save({"state_dict": {f"{prefix}{name}": value for name, value in resnet.items()}}, tmp_path / "backbone.pth")
-    found = initialised(tiny("--init", str(tmp_path / "backbone.pth")))
+    found = initialized(tiny("--init", str(tmp_path / "backbone.pth")))
     for name in filter(learned, resnet):
         for encoder in ("encoder_q", "encoder_k") if not name.startswith("fc") else ():
             torch.testing.assert_close(found[f"{encoder}.{name}"], resnet[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_init_refuses_a_file_without_an_encoder(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    from utils.checkpoint import initialise
+    from utils.checkpoint import initialize
 
     torch.save({"model": {"head.weight": torch.ones(2)}}, tmp_path / "head.pth")
     with pytest.raises(UsageError, match="no encoder"):
-        initialise(build_method(tiny_args), tmp_path / "head.pth")
+        initialize(build_method(tiny_args), tmp_path / "head.pth")
 
 
 def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(
@@ -303,7 +303,7 @@ def test_the_help_is_grouped_and_tells_defaults(capsys: pytest.CaptureFixture[st
         main_pretrain.parse_args(["--method", "slotcon", "--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
-    for group in ("data:", "encoder:", "method slotcon:", "optimisation:", "run:"):
+    for group in ("data:", "encoder:", "method slotcon:", "optimization:", "run:"):
         assert f"\n{group}" in told
     assert "(default: 256)" in told
     assert "scenes (default: 0)" in told

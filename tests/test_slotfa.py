@@ -46,7 +46,7 @@ levels = pytest.mark.parametrize("level", LEVELS)
 
 @functools.cache
 def weights() -> dict[str, Tensor]:
-    """As in mid-training: a teacher that lags, a centre, and features that differ among places."""
+    """As in mid-training: a teacher that lags, a center, and features that differ among places."""
     return slotcon(1).state_dict()
 
 
@@ -310,7 +310,7 @@ def compose_slotfa(method: nn.Module, batch: Batch, level: str) -> Expected:
     slotcon_terms = compose(inputs, batch)
     return Expected(
         slotcon_terms["loss_group"],
-        reference.augmented_loss(augmented, inputs.prototypes_q, teachers, inputs.centre, *facts),
+        reference.augmented_loss(augmented, inputs.prototypes_q, teachers, inputs.center, *facts),
         slotcon_terms["loss_contrast"],
         reference.share_moved(students, [cosine_scores(z, inputs.prototypes_q) for z in augmented]),
         slotcon_terms["center"],
@@ -456,7 +456,7 @@ def test_the_gradient_of_the_augmented_loss_is_the_slope_of_the_reference(flags:
         moved = [z + step for z, step in zip(inputs.student, steps)]
         augmented = [reference.augmented_map(z, *draw) for z, draw in zip(moved, fixed)]
         facts = batch.crops.numpy(), batch.flips.numpy()
-        return reference.augmented_loss(augmented, inputs.prototypes_q + steps[2], teachers, inputs.centre, *facts)
+        return reference.augmented_loss(augmented, inputs.prototypes_q + steps[2], teachers, inputs.center, *facts)
 
     gradients = [doubled(z.grad) for z in projections]
     if flags == CONTRAST:
@@ -546,7 +546,7 @@ def steps_on_a_rank() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, flags in RANKED.items():
         method = slotfa(*flags)
-        model = distributed.parallel(method, torch.device("cpu"))
+        model = distributed.wrap_ddp(method, torch.device("cpu"))
         draws = record_draws(method)
         torch.manual_seed(100 + distributed.rank())  # chance elsewhere is each rank's own
         state = torch.get_rng_state()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from data.photometric import ColourRecipe
+from data.color import ColorRecipe
 from data.views import (
     Box,
     ViewRecipe,
@@ -26,7 +26,7 @@ from data.views import (
 )
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared/data/coco_mini/train2017"
-RECIPE = ViewRecipe(224, (0.08, 1.0), ColourRecipe())
+RECIPE = ViewRecipe(224, (0.08, 1.0), ColorRecipe())
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -43,7 +43,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**32), st.floats(0.01, 1))
 def test_crops_lie_inside_the_image(width: int, height: int, seed: int, smallest: float) -> None:
-    recipe = ViewRecipe(224, (smallest, 1.0), ColourRecipe())
+    recipe = ViewRecipe(224, (smallest, 1.0), ColorRecipe())
     rng = np.random.default_rng(seed)
     first = draw_crop(rng, (width, height), recipe)
     for x0, y0, x1, y1 in (first, draw_crop(rng, (width, height), recipe, meet=first)):
@@ -53,7 +53,7 @@ def test_crops_lie_inside_the_image(width: int, height: int, seed: int, smallest
 
 
 def test_area_is_uniform_and_aspect_log_uniform() -> None:
-    recipe = ViewRecipe(224, (0.1, 0.5), ColourRecipe())  # always fits into a square
+    recipe = ViewRecipe(224, (0.1, 0.5), ColorRecipe())  # always fits into a square
     rng = np.random.default_rng(0)
     boxes = np.array([draw_crop(rng, (2000, 2000), recipe) for _ in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -114,7 +114,7 @@ def test_the_last_resort_is_the_largest_central_crop(size: tuple[int, int], box:
 
 @pytest.mark.parametrize("meet", [None, (0, 0, 10, 10)])
 def test_ten_draws_that_do_not_fit_end_in_the_central_crop(meet: Box | None) -> None:
-    recipe = ViewRecipe(224, (0.9, 1.0), ColourRecipe())
+    recipe = ViewRecipe(224, (0.9, 1.0), ColorRecipe())
     assert draw_crop(np.random.default_rng(0), (1000, 100), recipe, meet) == (433, 0, 566, 100)
 
 
@@ -143,14 +143,14 @@ def test_views_depend_on_seed_epoch_index_and_nothing_else() -> None:
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (2, 1, 3), (1, 3, 2)):
         drawn = make_views(image, recipes, *other)
         assert not torch.equal(drawn.crops, views.crops)
-        assert not torch.equal(drawn.colour, views.colour)
+        assert not torch.equal(drawn.color, views.color)
 
 
 def test_the_views_of_an_image_draw_differently() -> None:
     image, recipe = picture(320, 240), slotcon_views(64, 0.08)[0]
     two, three = (make_views(image, [recipe] * count, 0, 0, 0) for count in (2, 3))
     assert not torch.equal(two.crops[0], two.crops[1])
-    assert not torch.equal(two.colour[0], two.colour[1])
+    assert not torch.equal(two.color[0], two.color[1])
     assert torch.equal(two.crops, three.crops[:2])
 
 
@@ -174,19 +174,19 @@ def test_what_a_worker_sends() -> None:
     assert drawn.flips.dtype == torch.bool
     assert drawn.turns.tolist() == [0, 0]
     assert drawn.turns.dtype == torch.int64
-    assert drawn.colour.shape == (2, 11)
-    assert drawn.colour.dtype == torch.float32
+    assert drawn.color.shape == (2, 11)
+    assert drawn.color.dtype == torch.float32
 
 
 def test_the_published_recipe() -> None:
     first, second = slotcon_views(224, 0.08)
     for recipe in (first, second):
         assert (recipe.size, recipe.scale, recipe.ratio, recipe.flip_p) == (224, (0.08, 1), (3 / 4, 4 / 3), 0.5)
-        assert recipe.colour.jitter == (0.4, 0.4, 0.2, 0.1)
-        assert (recipe.colour.jitter_p, recipe.colour.grey_p) == (0.8, 0.2)
-        assert recipe.colour.blur_sigma == (0.1, 2.0)
-    assert (first.colour.blur_p, first.colour.solarise_p) == (1.0, 0.0)
-    assert (second.colour.blur_p, second.colour.solarise_p) == (0.1, 0.2)
+        assert recipe.color.jitter == (0.4, 0.4, 0.2, 0.1)
+        assert (recipe.color.jitter_p, recipe.color.gray_p) == (0.8, 0.2)
+        assert recipe.color.blur_sigma == (0.1, 2.0)
+    assert (first.color.blur_p, first.color.solarize_p) == (1.0, 0.0)
+    assert (second.color.blur_p, second.color.solarize_p) == (0.1, 0.2)
 
 
 # --- pixels

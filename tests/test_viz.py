@@ -20,17 +20,17 @@ from torch import Tensor
 
 import main_pretrain
 import viz_slots
-from data.views import centre_view
+from data.views import center_view
 from models import build_method
-from tests.conftest import TINY, mistake_of
+from tests.conftest import TINY, run_expecting_usage_error
 from transfer.trained import load_slots
-from utils.figures.looking import Seen
-from utils.figures.page import build_page
-from utils.figures.pictures import lit_regions
-from utils.figures.regions import border, fine_side, light_up, middle, seams, winners
-from utils.figures.sheet import columns, shorten
-from utils.figures.survey import Nearest, Survey, draw_sample
-from utils.pictures import normalise
+from transfer.figures.looking import Seen
+from transfer.figures.page import build_page
+from transfer.figures.pictures import lit_regions
+from transfer.figures.regions import border, fine_side, light_up, middle, seams, winners
+from transfer.figures.sheet import columns, shorten
+from transfer.figures.survey import Nearest, Survey, draw_sample
+from utils.visualization import normalize
 
 K, WIDTH, SIZE = 8, 16, 96
 UNUSED = (5, 7)
@@ -39,9 +39,9 @@ FLAGS = ["--image-size", str(SIZE), "--device", "cpu", "--num-workers", "0", "--
 
 
 def pixels(path: Path) -> Tensor:
-    """(3, SIZE, SIZE) uint8: an image's largest centred square."""
+    """(3, SIZE, SIZE) uint8: an image's largest centered square."""
     with Image.open(path) as image:
-        return centre_view(image, SIZE)
+        return center_view(image, SIZE)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def state(images: Path) -> dict[str, Any]:
                     parameter.fill_(1)  # blocks start as the identity, which makes all cells alike
         for half in "qk":
             encoder, projector = getattr(method, f"encoder_{half}"), getattr(method, f"projector_{half}")
-            cells = projector(encoder(normalise(photos))).transpose(0, 1).flatten(1).T
+            cells = projector(encoder(normalize(photos))).transpose(0, 1).flatten(1).T
             projector.mlp[6].bias -= cells.mean(dim=0)
             cells = cells - cells.mean(dim=0)
             prototypes = getattr(method, f"grouping_{half}").slot_embed.weight
@@ -90,7 +90,7 @@ def look(model: Path, images: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Projections, scores and prototypes by the teacher, all images at once."""
     slots = load_slots(model)
     photos = torch.stack([pixels(path) for path in sorted(images.iterdir())]) / 255
-    projections, scores = slots(normalise(photos))
+    projections, scores = slots(normalize(photos))
     return projections, scores, slots.prototypes
 
 
@@ -213,7 +213,7 @@ def test_at_a_fine_side_every_slot_that_wins_a_cell_has_a_region(cells: int, abo
     assert set(scores.argmax(dim=0).unique().tolist()) <= set(winners(scores, side).unique().tolist())
 
 
-def test_a_region_keeps_its_colours_and_the_rest_fades() -> None:
+def test_a_region_keeps_its_colors_and_the_rest_fades() -> None:
     picture = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
     region = torch.zeros(40, 40, dtype=torch.bool)
     region[5:20, 10:] = True
@@ -221,9 +221,9 @@ def test_a_region_keeps_its_colours_and_the_rest_fades() -> None:
     inner = region & ~border(region, 1)
     as_bytes = (picture * 255).round()
     assert torch.equal(lit[:, inner].float(), as_bytes[:, inner])
-    grey = (picture.mean(dim=0) * 0.75 * 255).round()
+    gray = (picture.mean(dim=0) * 0.75 * 255).round()
     for channel in lit.float():
-        assert torch.equal(channel[~region], grey[~region])
+        assert torch.equal(channel[~region], gray[~region])
     edge = border(region, 1)
     assert edge[5, 10:].all()
     assert edge[5:20, 10].all()
@@ -260,7 +260,7 @@ def test_pictures_show_the_region_in_the_image_asked_for(model: Path, images: Pa
 
 
 def observe(model: Path, images: Path, **more: Any) -> Any:
-    from utils.figures.looking import Observer, Squares
+    from transfer.figures.looking import Observer, Squares
 
     args = viz_slots.parse_args(command(model, "--data-dir", str(images), "--dataset", "folder"))
     squares = Squares(viz_slots.find_images(args, {}), SIZE)
@@ -291,14 +291,14 @@ def test_each_figure_lies_beside_the_checkpoint_and_is_the_same_again(
     assert wanted.read_bytes() == before
 
 
-def test_neighbours_is_the_default_and_flags_take_underscores_or_dashes(model: Path, tmp_path: Path) -> None:
+def test_neighbors_is_the_default_and_flags_take_underscores_or_dashes(model: Path, tmp_path: Path) -> None:
     flags = ["--save{}path", "--num{}prototypes=8", "--dim{}hidden", "--dim{}out", "--batch{}size"]
     values = [[str(tmp_path)], [], ["32"], ["16"], ["3"]]
     drawn = []
     for mark in "_-":
         said = [word for flag, value in zip(flags, values) for word in (flag.format(mark), *value)]
         viz_slots.main(command(model, *said, "--topk", "2", "--arch", "resnet18", "--overwrite"))
-        drawn.append((tmp_path / "slots_neighbours.png").read_bytes())
+        drawn.append((tmp_path / "slots_neighbors.png").read_bytes())
     assert drawn[0] == drawn[1]
 
 
@@ -323,7 +323,7 @@ def test_exported_files_are_what_the_model_sees(model: Path, images: Path, tmp_p
     _, scores, prototypes = look(model, images)
     files = sorted(images.iterdir())
     fine = F.interpolate(scores, (SIZE, SIZE), mode="bilinear", align_corners=False).argmax(dim=1)
-    assert not (model.parent / "slots_neighbours.png").exists()
+    assert not (model.parent / "slots_neighbors.png").exists()
     rows = list(csv.DictReader((tmp_path / "out/images.csv").open()))
     assert [row["image"] for row in rows] == [file.name for file in files]
     for number, row in enumerate(rows):
@@ -419,7 +419,7 @@ def test_what_training_wrote_can_be_looked_at(method: str, tiny: Callable[..., l
         ["--model-path", str(tmp_path / "run/current.pth"), "--device", "cpu", "--html", str(tmp_path / "a.html")]
     )
     assert "16 images of folder, 128 px" in (tmp_path / "a.html").read_text()  # twice the side of training
-    assert not (tmp_path / "run/slots_neighbours.png").exists()
+    assert not (tmp_path / "run/slots_neighbors.png").exists()
 
 
 def test_unreadable_images_are_named_once_and_skipped(
@@ -476,7 +476,7 @@ def test_the_command_line_on_photographs(photographs: Path, model: Path, tmp_pat
 # Mistakes
 
 
-mistake = partial(mistake_of, viz_slots.main)
+mistake = partial(run_expecting_usage_error, viz_slots.main)
 
 
 @pytest.mark.parametrize(
@@ -487,10 +487,10 @@ mistake = partial(mistake_of, viz_slots.main)
         (["--dim_hidden", "4096"], "--dim-hidden 4096", "has 32"),
         (["--arch", "resnet50"], "--arch resnet50", "has resnet18"),
         (["--arch", "resnet51"], "resnet51", "resnet50"),
-        (["--figure", "umap"], "umap", "neighbours"),
+        (["--figure", "umap"], "umap", "neighbors"),
         (["--idxs", "3", "8"], "--idxs 8", "0 to 7"),
         (["--idxs", "-1"], "-1", "at least 0"),
-        (["--figure", "usage", "--idxs", "3"], "--idxs", "neighbours"),
+        (["--figure", "usage", "--idxs", "3"], "--idxs", "neighbors"),
         (["--data-dir", "nowhere"], "--data-dir nowhere", "no such folder"),
         (["--dataset", "COCO"], "--dataset COCO", "train2017"),
         (["--dataset", "VOC"], "VOC", "COCO"),
@@ -531,7 +531,7 @@ def test_a_wrong_flag_is_one_line(
 
 
 def test_nothing_is_overwritten_unasked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("run/slots_neighbours.png", "a.html", "b.png", "out/masks/x.png"):
+    for name in ("run/slots_neighbors.png", "a.html", "b.png", "out/masks/x.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     for flags in ([], ["--html", "a.html"], ["--save-path", "b.png"], ["--export", "out"]):

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transfer.encoders import Encoder, read_encoder
 from transfer.formats import FORMATS, write
 from transfer.verify import load_image, verify
-from utils import arguments, distributed
+from utils import config, distributed
 from utils.errors import UsageError
 
 _BY_SUFFIX = {".pkl": "detectron2", ".safetensors": "safetensors"}
@@ -22,11 +22,11 @@ def main(argv: Sequence[str] | None = None, target: str | None = None) -> None:
     try:
         convert(args)
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
 
 
 def _parse_args(argv: Sequence[str] | None, target: str | None) -> argparse.Namespace:
-    parser = arguments.make_parser("Convert the encoder of a checkpoint for another framework.")
+    parser = config.make_parser("Convert the encoder of a checkpoint for another framework.")
     parser.add_argument("input", metavar="IN", type=Path, help="any checkpoint: of this project, released, torchvision")
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write")
     if target is None:

@@ -1,4 +1,4 @@
-"""An encoder out of any checkpoint: found, recognised by its shapes, complete, and with word of where it comes from."""
+"""An encoder out of any checkpoint: found, identified by its shapes, complete, and with word of where it comes from."""
 
 import argparse
 import hashlib
@@ -46,7 +46,7 @@ class Encoder:
     """torchvision's or timm's name, such as `resnet50`, `vit_small_patch16_224`."""
     provenance: dict[str, Any]
     """Source file and its SHA-256, method and epoch where it tells them, which encoder of it, and the input that it
-    wants: colour order, mean and standard deviation of levels 0..1."""
+    wants: color order, mean and standard deviation of levels 0..1."""
 
 
 def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
@@ -75,23 +75,23 @@ def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
         raise UsageError(f"{path}: no {which} in it, its encoder is {_called(found)}; leave --encoder out to take it")
     # Copies: a tensor may be a view of a larger one, or shared.
     weights = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in weights.items()}
-    arch = recognise(weights, str(path))
+    arch = infer_arch(weights, str(path))
     for name, value in weights.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
-    provenance = converted_from(state) or _told_by(state) | {
+    provenance = converted_from(state) or checkpoint_metadata(state) | {
         "arch": arch,
         "encoder": found,
         "source": Path(path).name,
         "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-        "colour_order": "RGB",
+        "color_order": "RGB",
         "mean": list(MEAN),
         "std": list(STD),
     }
     return Encoder(weights, arch, provenance)
 
 
-def recognise(weights: Weights, where: str) -> str:
+def infer_arch(weights: Weights, where: str) -> str:
     """The architecture that has exactly these names and shapes.
 
     Raises:
@@ -101,12 +101,12 @@ def recognise(weights: Weights, where: str) -> str:
     candidates = {arch: resnet_shapes(arch) for arch in ARCHITECTURES} | _vit_candidate(shapes)
     arch = max(candidates, key=lambda name: len(candidates[name].items() & shapes.items()))
     expected = candidates[arch]
-    if first := misfit(weights, expected):
+    if first := first_mismatch(weights, expected):
         raise UsageError(f"{where}: not a whole {arch}, the closest known architecture ({first})")
     return arch
 
 
-def misfit(weights: Weights, expected: Mapping[str, Tensor | tuple[int, ...]]) -> str:
+def first_mismatch(weights: Weights, expected: Mapping[str, Tensor | tuple[int, ...]]) -> str:
     """The first difference in names and shapes, in words; empty if there is none."""
     for name in sorted(weights.keys() | expected.keys()):
         if name not in weights:
@@ -164,7 +164,7 @@ def converted_from(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(carried) if known and isinstance(carried, Mapping) else {}
 
 
-def _told_by(state: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_metadata(state: Mapping[str, Any]) -> dict[str, Any]:
     """Method and epoch, as far as a checkpoint tells them."""
     args = state.get("args")
     told = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}

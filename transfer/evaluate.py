@@ -19,7 +19,7 @@ from transfer.encoders import Encoder, read_encoder
 from transfer.formats import write
 from transfer.tasks import FOLDER, PUBLISHED, TASKS
 from transfer.verify import load_image, verify
-from utils import arguments, checkpoint, distributed
+from utils import config, checkpoint, distributed
 from utils.errors import UsageError
 
 _CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         complete = evaluate(args)
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except (KeyboardInterrupt, _Terminated):
-        distributed.exit_with("stopped; the same command goes on from here", status=130)
+        distributed.exit_with_error("stopped; the same command goes on from here", status=130)
     sys.exit(0 if complete else 1)
 
 
@@ -47,7 +47,7 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments.make_parser("Fine-tune a checkpoint on all data that is linked, and gather the numbers.")
+    parser = config.make_parser("Fine-tune a checkpoint on all data that is linked, and gather the numbers.")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="any that transfer/convert.py reads")
     said = "folder of runs and tables (output/evaluation/ and CKPT's folder and name)"
     parser.add_argument("--out", type=Path, help=said)

@@ -16,7 +16,7 @@ from utils.errors import UsageError
 
 
 def load_encoder(path: Path | str, which: str | None = None, output_stride: int = 32) -> nn.Module:
-    """The encoder of any checkpoint, frozen: normalised RGB images (B, 3, H, W) -> map (B, C, h, w).
+    """The encoder of any checkpoint, frozen: normalized RGB images (B, 3, H, W) -> map (B, C, h, w).
 
     Args:
         which: `teacher` or `student`; None for the teacher where there are both.
@@ -87,7 +87,7 @@ class TrainedSlots(nn.Module):
         return self.grouping.slot_embed.weight
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) -> projections (B, D, h, w) and scores (B, K, h, w), cosines."""
+        """Normalized images (B, 3, H, W) -> projections (B, D, h, w) and scores (B, K, h, w), cosines."""
         projections = self.projector(self.encoder(images))
         return projections, self.grouping(projections).scores
 
@@ -126,7 +126,7 @@ def load_slots(path: Path | str, which: str | None = None, output_stride: int = 
 
 
 class Projections(nn.Module):
-    """Normalised images (B, 3, H, W) -> projections (B, D, h, w), whose cosines with the prototypes are the scores."""
+    """Normalized images (B, 3, H, W) -> projections (B, D, h, w), whose cosines with the prototypes are the scores."""
 
     def __init__(self, slots: TrainedSlots):
         super().__init__()

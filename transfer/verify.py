@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.scenes import render_scene
-from transfer.encoders import Encoder, converted_from, read_encoder, recognise
+from data.demo import render_scene
+from transfer.encoders import Encoder, converted_from, read_encoder, infer_arch
 from transfer.formats import read_detectron2, torchvision_name
 from transfer.trained import build_network
 from utils import checkpoint
@@ -52,10 +52,10 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, tar
     weights, provenance = _read_converted(converted)
     if target and (made := provenance.get("format", target)) != target:
         raise UsageError(f"{converted}: is made for {made}, not for {target}")
-    arch = recognise(weights, str(converted))
+    arch = infer_arch(weights, str(converted))
     if arch != encoder.arch:
         raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")
-    inputs = _normalise(pixels, provenance.get("colour_order"), provenance.get("mean"), provenance.get("std"))
+    inputs = _normalize(pixels, provenance.get("color_order"), provenance.get("mean"), provenance.get("std"))
     network, where = _converted_network(converted, weights, arch, provenance.get("format", ""))
     with torch.inference_mode():
         found = network(inputs)
@@ -64,7 +64,7 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, tar
             instead = _diagnose(source, encoder, pixels, found)
             raise UsageError(f"{converted}: its features differ from {source}'s by {difference:.1g}{instead}")
     facts = encoder.provenance
-    other_input = any(provenance.get(name, facts[name]) != facts[name] for name in ("colour_order", "mean", "std"))
+    other_input = any(provenance.get(name, facts[name]) != facts[name] for name in ("color_order", "mean", "std"))
     for name, value in encoder.weights.items():
         if not torch.equal(value, weights[name].to(value.dtype)) and not (other_input and name == _first(weights)):
             raise UsageError(f"{converted}: {name} differs from {source}'s; convert it again")
@@ -99,16 +99,16 @@ def load_image(image: Path | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
-def _normalise(pixels: Tensor, colour_order: str | None, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    """What a network that wants this colour order, mean and deviation is fed; RGB and ImageNet's where it is silent."""
-    centre, scale = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean or MEAN, std or STD))
-    return ((pixels.flip(1) if colour_order == "BGR" else pixels) - centre) / scale
+def _normalize(pixels: Tensor, color_order: str | None, mean: list[float] | None, std: list[float] | None) -> Tensor:
+    """What a network that wants this color order, mean and deviation is fed; RGB and ImageNet's where it is silent."""
+    center, scale = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean or MEAN, std or STD))
+    return ((pixels.flip(1) if color_order == "BGR" else pixels) - center) / scale
 
 
 def _features(encoder: Encoder, pixels: Tensor) -> Tensor:
     facts = encoder.provenance
     return _own_network(encoder.arch, encoder.weights)(
-        _normalise(pixels, facts["colour_order"], facts["mean"], facts["std"])
+        _normalize(pixels, facts["color_order"], facts["mean"], facts["std"])
     )
 
 
@@ -119,7 +119,7 @@ def _difference(wanted: Tensor, found: Tensor) -> float:
 
 
 def _first(weights: Weights) -> str:
-    """The layer that sees the colours."""
+    """The layer that sees the colors."""
     return "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
 
 
@@ -127,7 +127,7 @@ def _diagnose(source: Path, encoder: Encoder, pixels: Tensor, found: Tensor) -> 
     """What else of the source gives these features."""
     first = _first(encoder.weights)
     swapped = encoder.weights | {first: encoder.weights[first].flip(1)}
-    others = {"of swapped colour channels (RGB and BGR)": replace(encoder, weights=swapped)}
+    others = {"of swapped color channels (RGB and BGR)": replace(encoder, weights=swapped)}
     other = {"teacher": "student", "student": "teacher"}.get(encoder.provenance["encoder"])
     weights = checkpoint.load_weights(source, "checkpoint")
     if other and checkpoint.find_encoder(weights, other)[0] == other:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels, levels 0..1: views are normalised by them."""
+"""Of ImageNet's pixels, levels 0..1: views are normalized by them."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Batch:
     """
 
     views: list[Tensor]
-    """V tensors (B, 3, S_v, S_v): uint8 from the workers, normalised float32 once `photometric` has run; none
+    """V tensors (B, 3, S_v, S_v): uint8 from the workers, normalized float32 once `photometric` has run; none
     before they are cut from the sources."""
     crops: Tensor
     """(B, V, 4) float32: x0 y0 x1 y1 of each crop in pixels of the source image."""
@@ -50,8 +50,8 @@ class Batch:
     """(B, V) int64: counter-clockwise quarter turns after the flip."""
     index: Tensor
     """(B,) int64: the image's number in the dataset."""
-    colour: Tensor | None = None
-    """(B, V, P) float32 on the host: the drawn parameters of the colour operations; None once they are applied."""
+    color: Tensor | None = None
+    """(B, V, P) float32 on the host: the drawn parameters of the color operations; None once they are applied."""
     unreadable: tuple[str, ...] = ()
     """Files that could not be read; another image of the dataset took the place of each."""
     sources: Sources | None = None
@@ -73,7 +73,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host.
 
-        `colour` stays on the host, where `photometric` reads which images take part in what, and so do the
+        `color` stays on the host, where `photometric` reads which images take part in what, and so do the
         `sources`, whose bytes the decoder wants there.
         """
         to_gpu = torch.device(device).type == "cuda"  # only such copies are ordered before their use

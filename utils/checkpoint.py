@@ -163,11 +163,11 @@ def _with_counters(part: Weights) -> Weights:
     return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in part} | part
 
 
-def initialise(method: nn.Module, path: Path | str) -> list[str]:
+def initialize(method: nn.Module, path: Path | str) -> list[str]:
     """Start `method` from the weights in `path`: whole parts where the file has them, the encoder at least.
 
-    An encoder alone (backbone-only, torchvision) goes to student and teacher. Prototypes and centre of another
-    number K stay as they were initialised.
+    An encoder alone (backbone-only, torchvision) goes to student and teacher. Prototypes and center of another
+    number K stay as they were initialized.
 
     Returns:
         The names of the parts that were taken over.
@@ -211,7 +211,7 @@ def _other_number(part: Weights, module: nn.Module) -> bool:
 
 
 def load_strict(module: nn.Module, weights: Weights, where: str) -> None:
-    """`module.load_state_dict(weights, strict=True)`, with the first misfit as a one-line error."""
+    """`module.load_state_dict(weights, strict=True)`, with the first first_mismatch as a one-line error."""
     expected = module.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:

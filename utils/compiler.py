@@ -6,9 +6,9 @@ import logging
 import torch
 
 from utils import distributed
-from utils.arguments import between
+from utils.config import between
 from utils.errors import UsageError
-from utils.method import Method
+from models.method import Method
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

@@ -37,7 +37,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes the files and speaks to the user."""
     return rank() == 0
 
@@ -163,12 +163,12 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def exit_with(message: str, status: int = 2) -> NoReturn:
+def exit_with_error(message: str, status: int = 2) -> NoReturn:
     """End the process with one line on stderr.
 
     torchrun stops all ranks as soon as one has ended; the others therefore wait until rank 0 has spoken.
     """
-    if not is_main():
+    if not is_main_process():
         time.sleep(3)
         message = f"rank {rank()}: {message}"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)

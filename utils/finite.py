@@ -30,9 +30,9 @@ def restore_unless_(go: Tensor, tensors: list[Tensor], before: list[Tensor]) -> 
 
 
 class FiniteGuard:
-    """Watches the losses of one optimiser step and undoes its statistics if one was not finite.
+    """Watches the losses of one optimizer step and undoes its statistics if one was not finite.
 
-    The optimiser leaves the step out by itself when it finds `found_inf` set to `1 - go`.
+    The optimizer leaves the step out by itself when it finds `found_inf` set to `1 - go`.
     """
 
     def __init__(self, method: nn.Module, device: torch.device):
@@ -41,7 +41,7 @@ class FiniteGuard:
         self._bad = torch.zeros(world_size(), device=device)
 
     def open_step(self) -> None:
-        """Remember the buffers (batch-norm statistics, centre) before the first forward of a step."""
+        """Remember the buffers (batch-norm statistics, center) before the first forward of a step."""
         torch._foreach_copy_(self._before, self._buffers)
         self._bad.zero_()
 

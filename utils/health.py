@@ -20,7 +20,7 @@ class SlotHealth:
         self._warned: dict[str, int] = {}
 
     def add(self, positions: Tensor) -> None:
-        """One optimiser step: how many positions (K,) each prototype won on this GPU."""
+        """One optimizer step: how many positions (K,) each prototype won on this GPU."""
         if self._last_used is None or self._positions is None:
             self._last_used, self._positions = torch.full_like(positions, -self.window), torch.zeros_like(positions)
         self._last_used = torch.where(positions > 0, self.steps, self._last_used)

@@ -9,7 +9,7 @@ from torch import Tensor
 from utils import distributed
 from utils.batch import Batch
 from utils.errors import UsageError
-from utils.health import SlotHealth
+from models.slot_health import SlotHealth
 
 _STREAK = 10  # non-finite steps in a row that stop a run
 _UNREADABLE = 0.01  # share of the images that may be unreadable
@@ -52,7 +52,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, outputs: list[dict[str, Tensor]], gradient_norm: Tensor, go: Tensor, bad: Tensor) -> None:
-        """One optimiser step: the outputs of its batches, its gradient's norm, and what `FiniteGuard` says of it."""
+        """One optimizer step: the outputs of its batches, its gradient's norm, and what `FiniteGuard` says of it."""
         if "slot_positions" in outputs[0]:
             self.health.add(torch.stack([output.pop("slot_positions") for output in outputs]).sum(dim=0))
         for name in outputs[0]:
@@ -67,7 +67,7 @@ class Meter:
         self._sums[name] = self._sums[name] + kept if name in self._sums else kept
 
     def read(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Averages over ranks since the last call, after `step` optimiser steps, and what a user has to know.
+        """Averages over ranks since the last call, after `step` optimizer steps, and what a user has to know.
 
         Raises:
             UsageError: too many non-finite steps in a row, or too many unreadable images.

@@ -1,4 +1,4 @@
-"""Optimisers that can leave a step out without a look at the device.
+"""Optimizers that can leave a step out without a look at the device.
 
 All of them follow torch's protocol for that: where the attribute `found_inf`, a scalar tensor on the device, is 1,
 `step` leaves parameters and state as they are; by `grad_scale`, where there is one, it divides the gradients first.
@@ -84,7 +84,7 @@ def _adapt(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> 
 
 
 def build_optimizer(args: argparse.Namespace, method: nn.Module) -> Optimizer:
-    """The optimiser that `args.optimizer` names over the method's trainable parameters.
+    """The optimizer that `args.optimizer` names over the method's trainable parameters.
 
     The loop sets the learning rate before every step. One-dimensional parameters get no weight decay.
     """
@@ -97,7 +97,7 @@ def build_optimizer(args: argparse.Namespace, method: nn.Module) -> Optimizer:
     ]
     if args.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum, fused=True)
-        for p in params:  # torch would leave them uninitialised if the very first step were left out
+        for p in params:  # torch would leave them uninitialized if the very first step were left out
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     return torch.optim.AdamW(groups, lr=0.0, fused=True)

@@ -9,7 +9,7 @@ from utils.schedules import cosine_momentum, warmup_cosine
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run, all functions of the global optimiser step."""
+    """The numbers of a run, all functions of the global optimizer step."""
 
     images: int
     batch_size: int
@@ -24,7 +24,7 @@ class Plan:
 
     @property
     def effective_batch(self) -> int:
-        """Images an optimiser step."""
+        """Images an optimizer step."""
         return self.batch_size * self.accum_steps
 
     def lr(self, step: int) -> float:

@@ -22,7 +22,7 @@ from utils.run import Run
 _CONTROL = {"allow_changes", "auto_resume", "dry_run", "init", "output_dir", "resume", "start_epoch"}
 _HARMLESS = {"data_dir", "num_workers", "print_freq", "save_freq", "probe_dataset", "probe_dir", "probe_freq"}
 _HARMLESS |= {"compile", "cuda_graphs", "activation_budget"}
-# Arguments that decide what the state of an optimiser and a method is.
+# Arguments that decide what the state of an optimizer and a method is.
 _FIXED = {"method", "optimizer"}
 
 
@@ -95,9 +95,9 @@ def begin(run: Run) -> tuple[int, list[str]]:
             notes.append(f"--resume {args.resume} was not needed")
         return start, [f"going on after epoch {start // run.plan.steps_per_epoch} from {path}", *notes]
     if args.init:
-        taken = checkpoint.initialise(run.method, args.init)
+        taken = checkpoint.initialize(run.method, args.init)
         fresh = [name for name, part in run.method.named_children() if part.state_dict() and name not in taken]
-        rest = f"; freshly initialised: {', '.join(fresh)}" if fresh else ""
+        rest = f"; freshly initialized: {', '.join(fresh)}" if fresh else ""
         return start, [f"started from {args.init}: {', '.join(taken)}{rest}"]
     return start, []
 
@@ -146,7 +146,7 @@ def restore(run: Run, path: Path) -> tuple[int, list[str]]:
 def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
     groups = run.optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved.get("param_groups", [])]:
-        raise UsageError("its optimiser trained other parameters; start from its weights with --init")
+        raise UsageError("its optimizer trained other parameters; start from its weights with --init")
     # Learning rate, decay and momentum stay this run's.
     run.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 

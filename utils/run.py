@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from utils import distributed
 from utils.device import loader_workers
-from utils.method import Method
-from utils.plan import Plan
+from models.method import Method
+from utils.config import Plan
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Run:
             "method": f"{args.method}, {args.arch}, output stride {args.output_stride}",
             "images": f"{plan.images} of {args.dataset} in {args.data_dir}",
             "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}"
-            + (", batch norm of each process on its own (synchronising it needs GPUs)" if alone else ""),
+            + (", batch norm of each process on its own (synchronizing it needs GPUs)" if alone else ""),
             "compiled": "no" if not args.compile else "with CUDA graphs" if args.cuda_graphs else "yes",
             "workers": f"{loader_workers(args.num_workers)} for each process",
             "effective batch": f"{plan.effective_batch} = {plan.batch_size} over all processes x {plan.accum_steps}",

@@ -45,7 +45,7 @@ def overlap(crop_a: Box, crop_b: Box, flip: bool = False, turns: int = 0) -> tup
 
 
 def bilinear(plane: Array, y: float, x: float) -> float:
-    """The value of an (H,W) plane at cell coordinates (0 is the first cell's centre), clamped at the border.
+    """The value of an (H,W) plane at cell coordinates (0 is the first cell's center), clamped at the border.
 
     0 further than one cell outside.
     """

@@ -54,7 +54,7 @@ def augmented_loss(
     augmented: Sequence[Array],
     prototypes: Array,
     teachers: Sequence[Array],
-    centre: Array,
+    center: Array,
     crops: Array,
     flips: NDArray[np.bool_],
 ) -> float:
@@ -77,7 +77,7 @@ def augmented_loss(
             views.append(np.stack(planes))
         aligned.append(views)
     (student_1, student_2), (teacher_1, teacher_2) = aligned
-    return losses.grouping_loss((student_1, student_2), (teacher_1, teacher_2), centre, valid)
+    return losses.grouping_loss((student_1, student_2), (teacher_1, teacher_2), center, valid)
 
 
 def share_moved(before: Sequence[Array], after: Sequence[Array]) -> float:

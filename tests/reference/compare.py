@@ -22,11 +22,11 @@ def gradient(function: Callable[[Array], float], place: ArrayLike, step: float =
     x = np.array(place, dtype=np.float64)
     slopes = np.zeros(x.shape)
     for entry in np.ndindex(x.shape):
-        centre = x[entry]
-        x[entry] = centre + step
+        center = x[entry]
+        x[entry] = center + step
         above = function(x)
-        x[entry] = centre - step
+        x[entry] = center - step
         below = function(x)
-        x[entry] = centre
+        x[entry] = center
         slopes[entry] = (above - below) / (2 * step)
     return slopes

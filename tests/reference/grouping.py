@@ -48,7 +48,7 @@ def attention(scores: Array, temperature: float = 0.07) -> Array:
 
 
 def slots(features: Array, scores: Array, temperature: float = 0.07) -> Array:
-    """q[b,k] = sum_hw z a / sum_hw a, with z not normalised: (B,D,H,W) and (B,K,H,W) to (B,K,D)."""
+    """q[b,k] = sum_hw z a / sum_hw a, with z not normalized: (B,D,H,W) and (B,K,H,W) to (B,K,D)."""
     B, D, H, W = features.shape
     K = scores.shape[1]
     weights = attention(scores, temperature)

@@ -9,7 +9,7 @@ Array = NDArray[np.float64]
 
 
 def health(student: list[Array], teacher: list[Array], prototypes: Array, center: Array, temperature: float) -> dict:
-    """Scores (B, K, H, W) of two views each, prototypes (K, D), centre (K,) -> the measures by name."""
+    """Scores (B, K, H, W) of two views each, prototypes (K, D), center (K,) -> the measures by name."""
     images, count, height, width = teacher[0].shape
 
     def found(scores: Array, image: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""The losses of SlotCon and the centre of its teacher."""
+"""The losses of SlotCon and the center of its teacher."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ Bools = NDArray[np.bool_]
 def distillation(
     student: Array,
     teacher: Array,
-    centre: Array,
+    center: Array,
     valid: Sequence[bool] | Bools,
     student_temp: float = 0.1,
     teacher_temp: float = 0.07,
@@ -22,7 +22,7 @@ def distillation(
     """One direction of L_g = - sum_k softmax((Q~ - c) / 0.07) log softmax(P~ / 0.1).
 
     The mean over positions and over the images that meet (`valid`); 0 if none does.
-    Scores (B,K,H,W), centre (K,).
+    Scores (B,K,H,W), center (K,).
     """
     B, K, H, W = student.shape
     total, count = 0.0, 0
@@ -31,7 +31,7 @@ def distillation(
             continue
         for h in range(H):
             for w in range(W):
-                target = softmax((np.asarray(teacher[b, :, h, w], dtype=np.float64) - centre) / teacher_temp)
+                target = softmax((np.asarray(teacher[b, :, h, w], dtype=np.float64) - center) / teacher_temp)
                 logits = np.asarray(student[b, :, h, w], dtype=np.float64) / student_temp
                 top = logits.max()
                 log_sum = top + math.log(sum(math.exp(logit - top) for logit in logits))
@@ -43,19 +43,19 @@ def distillation(
 def grouping_loss(
     students: tuple[Array, Array],
     teachers: tuple[Array, Array],
-    centre: Array,
+    center: Array,
     valid: Sequence[bool] | Bools,
     student_temp: float = 0.1,
     teacher_temp: float = 0.07,
 ) -> float:
     """L_g: (view 1 student, view 2 teacher) plus (view 2 student, view 1 teacher), added and not averaged."""
-    forth = distillation(students[0], teachers[1], centre, valid, student_temp, teacher_temp)
-    back = distillation(students[1], teachers[0], centre, valid, student_temp, teacher_temp)
+    forth = distillation(students[0], teachers[1], center, valid, student_temp, teacher_temp)
+    back = distillation(students[1], teachers[0], center, valid, student_temp, teacher_temp)
     return forth + back
 
 
 def info_nce(queries: Array, keys: Array, positives: Sequence[int], temperature: float = 0.2) -> float:
-    """2 tau mean_i - log(exp(q_i . k_p(i) / tau) / sum_j exp(q_i . k_j / tau)), q and k L2-normalised.
+    """2 tau mean_i - log(exp(q_i . k_p(i) / tau) / sum_j exp(q_i . k_j / tau)), q and k L2-normalized.
 
     0 when there is no query.
     """
@@ -114,9 +114,9 @@ def total(loss_group: float, loss_contrast: float, weight: float = 0.5) -> float
     return weight * loss_group + (1 - weight) * loss_contrast
 
 
-def update_centre(centre: Array, teacher_scores: Sequence[Array], momentum: float = 0.9) -> Array:
+def update_center(center: Array, teacher_scores: Sequence[Array], momentum: float = 0.9) -> Array:
     """c <- 0.9 c + 0.1 mean of the unaligned teacher scores over views (and ranks), images and positions."""
-    K = len(centre)
+    K = len(center)
     total_score, count = np.zeros(K), 0
     for scores in teacher_scores:
         B, _, H, W = scores.shape
@@ -125,4 +125,4 @@ def update_centre(centre: Array, teacher_scores: Sequence[Array], momentum: floa
                 for w in range(W):
                     total_score += np.asarray(scores[b, :, h, w], dtype=np.float64)
                     count += 1
-    return momentum * np.asarray(centre, dtype=np.float64) + (1 - momentum) * total_score / count
+    return momentum * np.asarray(center, dtype=np.float64) + (1 - momentum) * total_score / count

@@ -71,10 +71,10 @@ def cell_shares(labels: Ints, height: int, width: int, classes: int) -> Array:
     return shares
 
 
-def votes(cell: Array, keys: Array, shares: Array, neighbours: int, temperature: float) -> Array:
-    """The shares of the `neighbours` keys of the largest cosine, weighed by exp(cosine / temperature), sum 1."""
+def votes(cell: Array, keys: Array, shares: Array, neighbors: int, temperature: float) -> Array:
+    """The shares of the `neighbors` keys of the largest cosine, weighed by exp(cosine / temperature), sum 1."""
     cosines = [float(cell @ key) / (float(np.linalg.norm(cell)) * float(np.linalg.norm(key))) for key in keys]
-    best = sorted(range(len(keys)), key=lambda number: -cosines[number])[:neighbours]
+    best = sorted(range(len(keys)), key=lambda number: -cosines[number])[:neighbors]
     weights = [math.exp((cosines[number] - cosines[best[0]]) / temperature) for number in best]
     total = np.zeros(shares.shape[1])
     for weight, number in zip(weights, best):

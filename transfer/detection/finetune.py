@@ -137,7 +137,7 @@ def use_devices(cfg: CfgNode, args: argparse.Namespace) -> tuple[int, list[str]]
         raise UsageError("--dist-url: several machines need tcp://FIRST_MACHINE:PORT")
     if cfg.MODEL.DEVICE == "cpu" or args.num_gpus == 0:
         if args.num_machines > 1:
-            raise UsageError("--num-machines: without GPUs, one machine only; batch norms do not synchronise over CPUs")
+            raise UsageError("--num-machines: without GPUs, one machine only; batch norms do not synchronize over CPUs")
         if cfg.SOLVER.AMP.ENABLED:
             raise UsageError("SOLVER.AMP.ENABLED: detectron2 trains with mixed precision on GPUs only")
         cfg.MODEL.DEVICE = "cpu"

@@ -11,14 +11,14 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils import arguments, distributed
+from utils import config, distributed
 from utils.errors import UsageError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """detectron2's own flags, and --auto-scale; `opts` takes over the rest of the line, KEY VALUE by KEY VALUE."""
-    parser = arguments.make_parser(__doc__)
-    whole, count = arguments.at_least(0), arguments.at_least(1)
+    parser = config.make_parser(__doc__)
+    whole, count = config.at_least(0), config.at_least(1)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="one of transfer/detection/configs")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR's last checkpoint, if there")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, a whole detector")
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         load_finetune().run(args)
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with("stopped; --resume goes on from the last checkpoint", status=130)
+        distributed.exit_with_error("stopped; --resume goes on from the last checkpoint", status=130)
 
 
 def load_finetune() -> ModuleType:

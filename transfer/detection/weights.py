@@ -99,7 +99,7 @@ def read(source: Source) -> Contents:
 
 
 def _is_weight(name: Any, value: Any) -> bool:
-    """Whether an entry of a file is a tensor of the network; Caffe2's files hold the optimiser's as well."""
+    """Whether an entry of a file is a tensor of the network; Caffe2's files hold the optimizer's as well."""
     numbers = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiu")
     return isinstance(name, str) and numbers and not name.endswith("_momentum")
 

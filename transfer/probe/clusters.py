@@ -12,13 +12,13 @@ _SAMPLE = 1_000_000
 """Cells that k-means sees at most."""
 
 
-def nearest(centres: Tensor, features: Tensor) -> Tensor:
-    """Cosine of every position with every centre: (K, D) and (D, h, w) -> (K, h, w)."""
-    return torch.einsum("kd,dhw->khw", F.normalize(centres, dim=1), F.normalize(features.to(centres.device), dim=0))
+def nearest(centers: Tensor, features: Tensor) -> Tensor:
+    """Cosine of every position with every center: (K, D) and (D, h, w) -> (K, h, w)."""
+    return torch.einsum("kd,dhw->khw", F.normalize(centers, dim=1), F.normalize(features.to(centers.device), dim=0))
 
 
 def kmeans(features: Features, clusters: int, seed: int) -> Tensor:
-    """Centres (clusters, C) of length 1 by mini-batch k-means on normalised cells (spherical up to its averaging)."""
+    """Centers (clusters, C) of length 1 by mini-batch k-means on normalized cells (spherical up to its averaging)."""
     total = int(np.prod(features.maps.shape[:3]))
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(total, min(total, _SAMPLE), replace=False))

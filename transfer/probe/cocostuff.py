@@ -2,7 +2,7 @@
 
     python -m transfer.probe.cocostuff STUFFTHINGMAPS OUT      # or: python transfer/probe/cocostuff.py ...
 
-STUFFTHINGMAPS holds `train2017/*.png` and `val2017/*.png` with values category - 1 (0..181) and 255 for unlabelled;
+STUFFTHINGMAPS holds `train2017/*.png` and `val2017/*.png` with values category - 1 (0..181) and 255 for unlabeled;
 OUT gets the same names with values 0..26 and 255.
 """
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import arguments, checkpoint, distributed
+from utils import config, checkpoint, distributed
 from utils.errors import UsageError
 
 _VALUES = {
@@ -67,14 +67,14 @@ def coarse_classes() -> NDArray[np.uint8]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: mistakes of the user end in one line and exit status 2."""
-    parser = arguments.make_parser("Make masks of COCO-Stuff's 27 coarse classes out of its pixel maps.")
+    parser = config.make_parser("Make masks of COCO-Stuff's 27 coarse classes out of its pixel maps.")
     parser.add_argument("maps", metavar="STUFFTHINGMAPS", type=Path, help="holds train2017 and val2017, or one of them")
     parser.add_argument("out", metavar="OUT", type=Path, help="the masks' folder, such as COCO/semantic27")
     args = parser.parse_args(argv)
     try:
         prepare(args.maps, args.out)
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
 
 
 def prepare(maps: Path, out: Path) -> None:

@@ -17,17 +17,17 @@ from torch import nn
 
 from models.backbones import ARCHITECTURES
 from transfer.encoders import Encoder, read_encoder
-from transfer.probe import features, labelled
+from transfer.probe import features, labeled
 from transfer.probe.features import Features
-from transfer.probe.labelled import Labelled
+from transfer.probe.labeled import Labeled
 from transfer.probe.predict import Predict, label_maps
 from transfer.probe.scores import VOID, Score
 from transfer.trained import untrained
-from utils import arguments, checkpoint, distributed
-from utils.arguments import at_least
+from utils import config, checkpoint, distributed
+from utils.config import at_least
 from utils.device import choose_device
 from utils.errors import UsageError
-from utils.pictures import palette
+from utils.visualization import palette
 
 _PICTURED = 8
 _MARGIN = 110
@@ -38,8 +38,8 @@ class Task:
     """A data set's two splits, and where to compute."""
 
     args: argparse.Namespace
-    train: Labelled
-    val: Labelled
+    train: Labeled
+    val: Labeled
     device: torch.device
 
     @property
@@ -47,7 +47,7 @@ class Task:
         """Without names the masks tell how many there are, those of one split perhaps more than the other's."""
         return max(self.train.classes, self.val.classes, key=len)
 
-    def look(self, split: Labelled, network: nn.Module, encoder: Encoder, layer: str = "map") -> Features:
+    def look(self, split: Labeled, network: nn.Module, encoder: Encoder, layer: str = "map") -> Features:
         """What `network`, made of `encoder`, sees of a split; `layer` says what it gives."""
         facts = {name: encoder.provenance[name] for name in ("encoder", "source_sha256")}
         facts |= {"layer": layer, "stride": self.args.output_stride}
@@ -73,9 +73,9 @@ Probe = Callable[[Task, Encoder], Result]
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags that all probes have."""
-    parser = arguments.make_parser(description)
+    parser = config.make_parser(description)
     parser.add_argument("checkpoint", metavar="CKPT", help="any that transfer/convert.py reads, or `random`")
-    labelled.add_arguments(parser.add_argument_group("data"))
+    labeled.add_arguments(parser.add_argument_group("data"))
     group = parser.add_argument_group("encoder")
     said = "which of two encoders (the teacher if not said, where there are two)"
     group.add_argument("--encoder", choices=("teacher", "student"), help=said)
@@ -96,26 +96,26 @@ def run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     try:
         _run(args, name, probe)
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with("stopped; the features that are complete are kept", status=130)
-    distributed.stop()
+        distributed.exit_with_error("stopped; the features that are complete are kept", status=130)
+    distributed.shutdown()
 
 
 def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     args.amp = "off"
     device = choose_device(args)
-    distributed.start(device)
+    distributed.initialize(device)
     torch.manual_seed(args.seed)
     path = Path(args.checkpoint)
     source = args.checkpoint if args.checkpoint == "random" else f"{path.resolve().parent.name}_{path.stem}"
     args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
     encoder = untrained(args.arch, args.seed) if args.checkpoint == "random" else read_encoder(path, args.encoder)
     _check_writable(args.out)
-    task = Task(args, Labelled(args, "train"), Labelled(args, "val"), device)
+    task = Task(args, Labeled(args, "train"), Labeled(args, "val"), device)
     encoders = {"checkpoint": encoder} | ({"untrained": untrained(encoder.arch, args.seed)} if args.baseline else {})
     results = {which: probe(task, one) for which, one in encoders.items()}
-    if distributed.is_main():
+    if distributed.is_main_process():
         _write(task, encoder, results)
 
 
@@ -162,17 +162,17 @@ def _numbers(result: Result, classes: tuple[str, ...]) -> dict[str, Any]:
 def _picture(task: Task, results: dict[str, Result]) -> Image.Image:
     """The first validation images, their labels, and what each encoder makes of them; a row each, void black."""
     count = min(_PICTURED, len(task.val))
-    colours = np.zeros((VOID + 1, 3), dtype=np.uint8)
-    colours[: len(task.classes)] = (palette(len(task.classes)) * 255).byte().numpy()
+    colors = np.zeros((VOID + 1, 3), dtype=np.uint8)
+    colors[: len(task.classes)] = (palette(len(task.classes)) * 255).byte().numpy()
     first = next(iter(results.values())).seen
     rows = {"image": [task.val[number][0].permute(1, 2, 0).numpy() for number in range(count)]}
-    rows["labels"] = [colours[mask] for mask in first.labels[:count]]
+    rows["labels"] = [colors[mask] for mask in first.labels[:count]]
     for which, result in results.items():
         class_of = (
             np.arange(VOID + 1) if result.class_of is None else np.where(result.class_of < 0, VOID, result.class_of)
         )
         seen = Features(result.seen.maps[:count], result.seen.labels[:count])
-        rows[which] = [colours[class_of[winner]] for winner in label_maps(seen, result.predict)]
+        rows[which] = [colors[class_of[winner]] for winner in label_maps(seen, result.predict)]
     pixels = np.concatenate([np.concatenate(row, axis=1) for row in rows.values()])
     picture = Image.new("RGB", (pixels.shape[1] + _MARGIN, pixels.shape[0]), "white")
     picture.paste(Image.fromarray(pixels), (_MARGIN, 0))

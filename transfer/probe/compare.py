@@ -11,18 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import arguments, distributed
+from utils import config, distributed
 from utils.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: mistakes of the user end in one line and exit status 2."""
-    parser = arguments.make_parser("Gather the linear probes of several runs and seeds in one table.")
+    parser = config.make_parser("Gather the linear probes of several runs and seeds in one table.")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="holds NAME/seed_N/probe/results.json")
     try:
         print(table(parser.parse_args(argv).folder), end="")
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
 
 
 def table(folder: Path) -> str:

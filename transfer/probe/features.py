@@ -1,4 +1,4 @@
-"""What a frozen encoder sees in labelled images, computed once and kept on disk."""
+"""What a frozen encoder sees in labeled images, computed once and kept on disk."""
 
 import argparse
 import hashlib
@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from transfer.probe.labelled import Labelled
+from transfer.probe.labeled import Labeled
 from transfer.probe.scores import VOID
 from utils import distributed
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.device import loader_workers
 from utils.errors import UsageError
-from utils.pictures import normalise
+from utils.visualization import normalize
 
 T = TypeVar("T")
 See = Callable[[Tensor], Tensor]
-"""Normalised images (B, 3, S, S) -> features (B, C, h, w)."""
+"""Normalized images (B, 3, S, S) -> features (B, C, h, w)."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -54,7 +54,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def extract(
-    see: See, labelled: Labelled, args: argparse.Namespace, device: torch.device, facts: dict[str, object]
+    see: See, labeled: Labeled, args: argparse.Namespace, device: torch.device, facts: dict[str, object]
 ) -> Features:
     """The features of all images, from the cache where `facts` and the images are the same.
 
@@ -63,30 +63,30 @@ def extract(
     Raises:
         UsageError: an image or mask cannot be used, or the disk does not take the features.
     """
-    files = [[(str(path), path.stat().st_mtime_ns) for path in pair] for pair in labelled.pairs]
-    key = json.dumps([facts, labelled.size, labelled.classes, files], sort_keys=True)
+    files = [[(str(path), path.stat().st_mtime_ns) for path in pair] for pair in labeled.pairs]
+    key = json.dumps([facts, labeled.size, labeled.classes, files], sort_keys=True)
     folder = args.cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (folder / "facts.json").exists():
-        _fill(folder, see, labelled, args, device, {**facts, "images": len(labelled), "first": files[0][0][0]})
+        _fill(folder, see, labeled, args, device, {**facts, "images": len(labeled), "first": files[0][0][0]})
     found = Features(np.load(folder / "maps.npy", mmap_mode="r"), np.load(folder / "labels.npy", mmap_mode="r"))
     if all((labels == VOID).all() for labels in found.labels):
-        raise UsageError(f"{labelled.pairs[0][1].parent}: no labelled pixel in its {len(labelled)} masks, all is void")
+        raise UsageError(f"{labeled.pairs[0][1].parent}: no labeled pixel in its {len(labeled)} masks, all is void")
     return found
 
 
 def _fill(
     folder: Path,
     see: See,
-    labelled: Labelled,
+    labeled: Labeled,
     args: argparse.Namespace,
     device: torch.device,
     facts: dict[str, object],
 ) -> None:
     """Write `maps.npy` and `labels.npy`, and `facts.json` once they are whole."""
-    size = labelled.size
+    size = labeled.size
     shape = _map_shape(see, size, device)
-    count = len(labelled)
-    if distributed.is_main():
+    count = len(labeled)
+    if distributed.is_main_process():
         _make_room(folder, 2 * count * int(np.prod(shape)) + count * size**2)
         try:
             np.lib.format.open_memmap(folder / "maps.npy", "w+", np.float16, (count, *shape)).flush()
@@ -96,13 +96,13 @@ def _fill(
     distributed.barrier()
     maps, labels = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("maps", "labels"))
     own = range(distributed.rank(), count, distributed.world_size())
-    loader = DataLoader(Subset(labelled, own), args.batch_size, num_workers=loader_workers(args.num_workers))
-    hidden = not (sys.stderr.isatty() and distributed.is_main())
+    loader = DataLoader(Subset(labeled, own), args.batch_size, num_workers=loader_workers(args.num_workers))
+    hidden = not (sys.stderr.isatty() and distributed.is_main_process())
     done = 0
     with tqdm(total=len(own), unit="image", desc="features", disable=hidden) as bar, torch.inference_mode():
         for images, truth in _told(loader):
             where = own[done : done + len(images)]
-            seen = see(normalise(images / 255).to(device)).permute(0, 2, 3, 1)
+            seen = see(normalize(images / 255).to(device)).permute(0, 2, 3, 1)
             maps[where] = seen.float().clamp(-_LARGEST, _LARGEST).cpu().numpy()
             labels[where] = truth.numpy()
             done += len(images)
@@ -110,7 +110,7 @@ def _fill(
     maps.flush()
     labels.flush()
     distributed.barrier()
-    if distributed.is_main():
+    if distributed.is_main_process():
         (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     distributed.barrier()
 

@@ -1,4 +1,4 @@
-"""Labelled images: which pairs of image and mask a data set has, and what the values of its masks mean."""
+"""Labeled images: which pairs of image and mask a data set has, and what the values of its masks mean."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from data import scenes
 from data.datasets import SUFFIXES
 from transfer.probe import cocostuff
 from transfer.probe.scores import VOID
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.errors import UsageError
 
 Pairs = list[tuple[Path, Path]]
@@ -80,20 +80,20 @@ _SPLITS = {"ade20k": {"train": "training", "val": "validation"}}
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags that say which labelled images."""
+    """The flags that say which labeled images."""
     group.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of --data-dir")
     group.add_argument(
         "--data-dir", type=Path, required=True, help="the data set; transfer/probe/README.md has layouts"
     )
     group.add_argument(
-        "--size", type=at_least(1), default=320, help="short side in pixels, of which the centre square is taken"
+        "--size", type=at_least(1), default=320, help="short side in pixels, of which the center square is taken"
     )
     group.add_argument("--train-images", type=at_least(1), help="the first so many of the training images (all)")
     group.add_argument("--val-images", type=at_least(1), help="the first so many of the validation images (all)")
     group.add_argument("--val-list", type=Path, help="file of validation images' names, one a line (all)")
 
 
-class Labelled(Dataset[tuple[Tensor, Tensor]]):
+class Labeled(Dataset[tuple[Tensor, Tensor]]):
     """One split of a data set: index -> image (3, S, S) uint8 and labels (S, S) int64, VOID for void.
 
     Raises:
@@ -166,7 +166,7 @@ def _open_mask(path: Path) -> NDArray[np.int64]:
 
 
 def _square(picture: Image.Image, labels: NDArray[np.int64], size: int) -> tuple[Tensor, Tensor]:
-    """The centre square of what is `size` pixels high or wide: bicubic for the image, nearest for the labels."""
+    """The center square of what is `size` pixels high or wide: bicubic for the image, nearest for the labels."""
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -16,7 +16,7 @@ BATCH = 1024
 
 @dataclass(frozen=True)
 class Linear:
-    """Standardise each channel, then a 1x1 convolution."""
+    """Standardize each channel, then a 1x1 convolution."""
 
     mean: Tensor
     scale: Tensor
@@ -33,7 +33,7 @@ def fit(features: Features, classes: int, steps: int, lr: float, seed: int, devi
     """Train on cells, each with the shares of the classes among its pixels as target.
 
     That is the cross-entropy at every pixel that is not void, of scores that are constant within a cell. AdamW with a
-    cosine to zero; channels are standardised by the training images.
+    cosine to zero; channels are standardized by the training images.
     """
     height, across, width = features.maps.shape[1:]
     shares = torch.from_numpy(cell_shares(features.labels, (height, across), classes)).flatten(0, 2)
@@ -43,9 +43,9 @@ def fit(features: Features, classes: int, steps: int, lr: float, seed: int, devi
     optimizer = torch.optim.AdamW([weight, bias], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = np.random.default_rng(seed)
-    labelled = np.flatnonzero(shares.sum(dim=1).numpy())
+    labeled = np.flatnonzero(shares.sum(dim=1).numpy())
     for _ in range(steps):
-        chosen = np.sort(rng.choice(labelled, min(BATCH, len(labelled)), replace=False))
+        chosen = np.sort(rng.choice(labeled, min(BATCH, len(labeled)), replace=False))
         logits = F.linear((features.cells(chosen).to(device) - mean) * scale, weight, bias)
         target = shares[chosen].to(device)
         loss = -(target * logits.log_softmax(dim=1)).sum() / target.sum()

@@ -1,4 +1,4 @@
-"""How much a linear classifier reads off a frozen encoder's map: mIoU and pixel accuracy on labelled images."""
+"""How much a linear classifier reads off a frozen encoder's map: mIoU and pixel accuracy on labeled images."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transfer.probe.linear import fit
 from transfer.probe.predict import count
 from transfer.probe.scores import score
 from transfer.trained import build_network
-from utils.arguments import at_least
+from utils.config import at_least
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from transfer.probe.features import Features
-from transfer.probe.labelled import LAYOUTS, Labelled
+from transfer.probe.labeled import LAYOUTS, Labeled
 from transfer.probe.linear import fit
 from transfer.probe.predict import count
 from transfer.probe.scores import score
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.errors import UsageError
-from utils.pictures import normalise
+from utils.visualization import normalize
 
 _IMAGES, _SIZE, _STEPS, _LR, _BATCH = 100, 224, 500, 1e-3, 16
 
@@ -23,25 +23,25 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags of the probe in pre-training."""
     said = "epochs between linear probes of the teacher's encoder on --probe-dir; 0 for none"
     group.add_argument("--probe-freq", type=at_least(0), default=0, help=said)
-    group.add_argument("--probe-dir", default="", help="labelled images, of which 100 and 100 are taken")
+    group.add_argument("--probe-dir", default="", help="labeled images, of which 100 and 100 are taken")
     group.add_argument("--probe-dataset", choices=tuple(LAYOUTS), default="folder", help="layout of --probe-dir")
 
 
 class OnlineProbe:
-    """A small labelled set; 224 px, the same images every time.
+    """A small labeled set; 224 px, the same images every time.
 
     Raises:
-        UsageError: naming --probe-dir, if it is not there, or has no labelled images of --probe-dataset's layout.
+        UsageError: naming --probe-dir, if it is not there, or has no labeled images of --probe-dataset's layout.
     """
 
     def __init__(self, args: argparse.Namespace):
         if not args.probe_dir:
-            raise UsageError("--probe-freq: needs --probe-dir, a folder of labelled images")
+            raise UsageError("--probe-freq: needs --probe-dir, a folder of labeled images")
         wanted = argparse.Namespace(dataset=args.probe_dataset, data_dir=Path(args.probe_dir), size=_SIZE)
         wanted.train_images = wanted.val_images = _IMAGES
         wanted.val_list = None
         try:
-            self.train, self.val = Labelled(wanted, "train"), Labelled(wanted, "val")
+            self.train, self.val = Labeled(wanted, "train"), Labeled(wanted, "val")
         except UsageError as error:
             raise UsageError(f"--probe-dir {args.probe_dir}: {error}") from None
         self.classes = max(len(self.train.classes), len(self.val.classes))
@@ -58,12 +58,12 @@ class OnlineProbe:
 
 
 @torch.no_grad()
-def _look(encoder: nn.Module, labelled: Labelled, device: torch.device) -> Features:
+def _look(encoder: nn.Module, labeled: Labeled, device: torch.device) -> Features:
     """All features in memory; without a loader, whose seed would come from the training's random numbers."""
     maps, labels = [], []
-    for start in range(0, len(labelled), _BATCH):
-        pairs = [labelled[number] for number in range(start, min(start + _BATCH, len(labelled)))]
+    for start in range(0, len(labeled), _BATCH):
+        pairs = [labeled[number] for number in range(start, min(start + _BATCH, len(labeled)))]
         images = torch.stack([image for image, _ in pairs])
-        maps.append(encoder(normalise(images / 255).to(device)).permute(0, 2, 3, 1).half().cpu().numpy())
+        maps.append(encoder(normalize(images / 255).to(device)).permute(0, 2, 3, 1).half().cpu().numpy())
         labels += [mask.numpy().astype(np.uint8) for _, mask in pairs]
     return Features(np.concatenate(maps), np.stack(labels))

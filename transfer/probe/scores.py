@@ -69,6 +69,6 @@ def majority(counts: Counts) -> NDArray[np.int64]:
 
 def relabel(counts: Counts, classes: NDArray[np.int64]) -> Counts:
     """The confusion matrix (classes, classes + 1) of clusters that were given `classes`; the last column is none."""
-    relabelled = np.zeros((len(counts), len(counts) + 1), dtype=np.int64)
-    np.add.at(relabelled.T, classes, counts.T)  # -1 is the last
-    return relabelled
+    relabeled = np.zeros((len(counts), len(counts) + 1), dtype=np.int64)
+    np.add.at(relabeled.T, classes, counts.T)  # -1 is the last
+    return relabeled

@@ -19,11 +19,11 @@ from transfer.probe.command import Result, Task, make_parser, run
 from transfer.probe.predict import count
 from transfer.probe.scores import majority, match, relabel, score
 from transfer.trained import Projections, TrainedSlots, build_network, load_slots, untrained_slots
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.errors import UsageError
 
 _PRESETS = {"coco-stuff-27": {"clusters": 27}}
-"""arXiv 2103.17070 (PiCIE): 320 px, centre square, 27 clusters one to one."""
+"""arXiv 2103.17070 (PiCIE): 320 px, center square, 27 clusters one to one."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,20 +47,20 @@ def probe(task: Task, encoder: Encoder) -> Result:
         train, val = (task.look(split, network, encoder) for split in (task.train, task.val))
         if args.clusters > (cells := int(np.prod(train.maps.shape[:3]))):
             raise UsageError(f"--clusters {args.clusters}: more than the {cells} cells of the training images")
-        centres = kmeans(train, args.clusters, args.seed).to(task.device)
+        centers = kmeans(train, args.clusters, args.seed).to(task.device)
     else:
         slots = _slots(task, encoder)
         sizes = [tuple(value.shape) for value in slots.projector.state_dict().values()]
         val = task.look(task.val, Projections(slots), encoder, f"projections {sizes}")
-        centres = slots.prototypes.detach().to(task.device)
-    predict = partial(nearest, centres)
-    counts = count(val, predict, classes, len(centres))
+        centers = slots.prototypes.detach().to(task.device)
+    predict = partial(nearest, centers)
+    counts = count(val, predict, classes, len(centers))
     one, many = match(counts), majority(counts)
     scores = {
         "Hungarian, one to one": score(relabel(counts, one)),
         "majority, many to one": score(relabel(counts, many)),
     }
-    return Result(scores, val, predict, one if len(centres) <= classes else many)
+    return Result(scores, val, predict, one if len(centers) <= classes else many)
 
 
 def _slots(task: Task, encoder: Encoder) -> TrainedSlots:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import arguments, distributed
+from utils import config, distributed
 from utils.checkpoint import write_text
 from utils.device import loader_workers
 from utils.errors import UsageError
@@ -54,7 +54,7 @@ def make_parser(description: str, takes: str, said: str) -> argparse.ArgumentPar
             except ValueError:
                 parser.error("--cfg-options: wants KEY=VALUE, as in train_cfg.max_iters=100")
 
-    parser = arguments.make_parser(description)
+    parser = config.make_parser(description)
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
     parser.add_argument(takes.lower(), metavar=takes, type=Path, help=said)
     parser.add_argument("--work-dir", type=Path, help="for logs, checkpoints, results.json (work_dirs/CONFIG's name)")

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import misfit
+from transfer.encoders import first_mismatch
 from transfer.segmentation import runs
 from utils import distributed
 from utils.errors import UsageError
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = "what the fine-tuning wrote, such as iter_30000.pth"
         evaluate(runs.make_parser("Evaluate a fine-tuned model.", "CHECKPOINT", said).parse_args(argv))
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with("stopped", status=130)
+        distributed.exit_with_error("stopped", status=130)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def evaluate(args: argparse.Namespace) -> None:
     state = read_fine_tuned(args.checkpoint)
     with torch.device("meta"):
         expected = MODELS.build(config.model).state_dict()
-    if first := misfit(state["state_dict"], expected):
+    if first := first_mismatch(state["state_dict"], expected):
         raise UsageError(f"CHECKPOINT {args.checkpoint}: not a model of {args.config} ({first})")
     runs.launch(args)
     runner = Runner.from_cfg(config)

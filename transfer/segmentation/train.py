@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import converted_from, misfit
+from transfer.encoders import converted_from, first_mismatch
 from transfer.segmentation import runs
 from utils import checkpoint, distributed
 from utils.checkpoint import Weights
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.import_mmseg()
         train(_parse_args(argv))
     except UsageError as error:
-        distributed.exit_with(str(error))
+        distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with("stopped; --resume goes on from the last checkpoint", status=130)
+        distributed.exit_with_error("stopped; --resume goes on from the last checkpoint", status=130)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +81,7 @@ def read_pretrained(path: Path, config: Any) -> tuple[Weights, dict[str, Any]]:
         raise UsageError(f"PRETRAINED {path}: is not converted; {_CONVERT}")
     with torch.device("meta"):
         backbone = MODELS.build({**config.model.backbone, "init_cfg": None})
-    if first := misfit(weights, backbone.state_dict()):
+    if first := first_mismatch(weights, backbone.state_dict()):
         wanted = f"{config.model.backbone.type}{config.model.backbone.get('depth', '')}"
         raise UsageError(f"PRETRAINED {path}: not the config's backbone, a {wanted} ({first}); {_CONVERT}")
     return weights, converted_from(state)

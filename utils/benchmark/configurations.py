@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import main_pretrain
 from models import METHODS
 from utils import compiler
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.benchmark.table import Row
 from utils.device import choose_device
 from utils.errors import UsageError
-from utils.plan import make_plan
+from utils.config import make_plan
 
 BATCHES = 1000
 """That an epoch of a measured run has at least, so that its schedules are those of a run."""

@@ -1,4 +1,4 @@
-"""From photographs to coloured views: what each part costs a core, and what the workers yield together."""
+"""From photographs to colored views: what each part costs a core, and what the workers yield together."""
 
 import argparse
 import sys
@@ -12,10 +12,10 @@ from PIL import Image
 
 from data.datasets import SceneDataset
 from data.loader import EpochSampler, build_loader
-from data.photometric import apply_colour, photometric
-from data.prefetch import prefetch
+from data.color import apply_color, photometric
+from data.loader import prefetch
 from data.views import make_views
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.batch import Batch
 from utils.benchmark.configurations import BATCHES, Configuration
 from utils.benchmark.photographs import folder_dataset, paths, photographs
@@ -24,7 +24,7 @@ from utils.benchmark.stepping import memory_batch, wait_for
 from utils.benchmark.table import Row, Spread, Table
 from utils.device import choose_device, loader_workers
 from utils.errors import UsageError
-from utils.plan import make_plan
+from utils.config import make_plan
 
 ROUNDS = 7
 COLUMNS = {
@@ -37,8 +37,8 @@ COLUMNS = {
     "times_worker": "times the worker's",
 }
 NOTES = (
-    "up to the colour on the CPU: processor time of one core, which other programs disturb little; then: wall time",
-    "worker: reads, decodes (unless --decode gpu), cuts two views; Pillow: the same views and their colour, by "
+    "up to the color on the CPU: processor time of one core, which other programs disturb little; then: wall time",
+    "worker: reads, decodes (unless --decode gpu), cuts two views; Pillow: the same views and their color, by "
     "torchvision's transforms",
     "all methods share these views",
 )
@@ -72,20 +72,20 @@ def benchmark_loader(options: argparse.Namespace, found: Sequence[Configuration]
 
 
 def _on_one_core(args: argparse.Namespace, options: argparse.Namespace, root: Path) -> list[Row]:
-    """Both views of each image by the worker, by Pillow's transforms, and the colour on its own."""
+    """Both views of each image by the worker, by Pillow's transforms, and the color on its own."""
     dataset = folder_dataset(args, root)
     files = paths(dataset, options.images)
     by_pillow = [pillow_transforms(recipe) for recipe in dataset.recipes]
     drawn = [make_views(_decode(file), dataset.recipes, 0, 0, index) for index, file in enumerate(files)]
     views = [torch.stack(view) for view in zip(*(sample.views for sample in drawn))]
-    colour = torch.stack([sample.colour for sample in drawn], dim=1)
+    color = torch.stack([sample.color for sample in drawn], dim=1)
     parts: dict[str, Callable[[], object]] = {
         "worker": lambda: [dataset[index] for index in range(len(files))],
         "decoding alone": lambda: [_decode(file) for file in files],
         "Pillow transforms": lambda: [
             [view(image) for view in by_pillow] for image in (_decode(file).convert("RGB") for file in files)
         ],
-        "colour on the CPU": lambda: [photometric(*view) for view in zip(views, colour)],
+        "color on the CPU": lambda: [photometric(*view) for view in zip(views, color)],
     }
     with _one_thread():
         seconds = _processor_time(parts)
@@ -114,8 +114,8 @@ def _by_workers(args: argparse.Namespace, options: argparse.Namespace, root: Pat
     rows: list[Row] = []
     if device.type == "cuda":
         batch = memory_batch(args).to(device)
-        seconds = _rounds(iter(lambda: apply_colour(batch), None), 1, device)
-        rows.append({"part": "colour on the GPU", "batch_size": size} | _rates(seconds, size))
+        seconds = _rounds(iter(lambda: apply_color(batch), None), 1, device)
+        rows.append({"part": "color on the GPU", "batch_size": size} | _rates(seconds, size))
     for workers in options.workers or sorted({0, loader_workers(args.num_workers)}):
         for part in ("DataLoader", "DataLoader, prefetch"):
             batches: Iterable[Batch] = _loader(args, dataset, workers, device)

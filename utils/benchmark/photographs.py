@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data.datasets import SceneDataset, build_dataset
-from data.scenes import render_scene
+from data.demo import render_scene
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

@@ -1,4 +1,4 @@
-"""The views that `data.views` and `data.photometric` make, by torchvision's transforms of Pillow images."""
+"""The views that `data.views` and `data.color` make, by torchvision's transforms of Pillow images."""
 
 import torch
 from PIL import Image, ImageFilter
@@ -9,16 +9,16 @@ from utils.batch import MEAN, STD
 
 
 def pillow_transforms(recipe: ViewRecipe) -> transforms.Compose:
-    """An image -> one view (3, S, S), normalised."""
-    colour = recipe.colour
+    """An image -> one view (3, S, S), normalized."""
+    color = recipe.color
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(recipe.flip_p),
-            transforms.RandomApply([transforms.ColorJitter(*colour.jitter)], colour.jitter_p),
-            transforms.RandomGrayscale(colour.grey_p),
-            transforms.RandomApply([_Blur(colour.blur_sigma)], colour.blur_p),
-            transforms.RandomSolarize(128, colour.solarise_p),
+            transforms.RandomApply([transforms.ColorJitter(*color.jitter)], color.jitter_p),
+            transforms.RandomGrayscale(color.gray_p),
+            transforms.RandomApply([_Blur(color.blur_sigma)], color.blur_p),
+            transforms.RandomSolarize(128, color.solarize_p),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
         ]

@@ -1,4 +1,4 @@
-"""The whole training step, fed from memory: colour, forward, backward, optimiser, teacher."""
+"""The whole training step, fed from memory: color, forward, backward, optimizer, teacher."""
 
 import argparse
 import time
@@ -14,7 +14,7 @@ from utils.benchmark.rows import fill
 from utils.benchmark.stepping import Stepper, memory_batch, reference_stepper
 from utils.benchmark.table import Row, Spread, Table
 from utils.benchmark.timing import blocks, in_turns
-from utils.logging import memory_gib
+from utils.run_log import memory_gib
 
 COLUMNS = {
     "method": "method",

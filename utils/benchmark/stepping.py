@@ -1,4 +1,4 @@
-"""A run whose optimiser steps are taken and timed in blocks; the plain run that it is compared with."""
+"""A run whose optimizer steps are taken and timed in blocks; the plain run that it is compared with."""
 
 import argparse
 import itertools
@@ -12,8 +12,8 @@ from PIL import Image
 import main_pretrain
 from data.datasets import Sample
 from data.loader import collate
-from data.prefetch import prefetch
-from data.scenes import render_scene
+from data.loader import prefetch
+from data.demo import render_scene
 from data.views import ViewRecipe, make_views, slotcon_views
 from utils.batch import Batch
 from utils.benchmark.configurations import BATCHES
@@ -48,7 +48,7 @@ class Stepper:
         self.feed_from_memory(batch)
 
     def feed_from_memory(self, batch: Batch) -> None:
-        """This batch from now on, copied and coloured anew for each step."""
+        """This batch from now on, copied and colored anew for each step."""
         self.feed(itertools.repeat(batch.pin_memory() if self.device.type == "cuda" else batch))
 
     def feed(self, batches: Iterable[Batch], recipes: Sequence[ViewRecipe] = ()) -> None:
@@ -60,7 +60,7 @@ class Stepper:
         wait_for(self.device)
         began = time.perf_counter()
         for _ in range(steps):
-            main_pretrain.optimise(self.run, self.run.method, self._batches, self._guard, self._meter, self.taken)
+            main_pretrain.optimize(self.run, self.run.method, self._batches, self._guard, self._meter, self.taken)
             self.taken += 1
         wait_for(self.device)
         seconds = time.perf_counter() - began

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from utils.arguments import at_least
+from utils.config import at_least
 from utils.benchmark.stepping import Stepper
 from utils.errors import UsageError
 

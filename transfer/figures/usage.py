@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils.figures.sheet import INK, PALE
-from utils.figures.survey import Survey
+from transfer.figures.sheet import INK, PALE
+from transfer.figures.survey import Survey
 
 _BARS, _LINE = "#4477aa", "#cc3311"
 _NUMBERED = 48

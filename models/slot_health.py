@@ -18,7 +18,7 @@ def slot_health(
         student: scores (B, K, H, W) of the two views.
         teacher: the same.
         prototypes: (K, D), the teacher's.
-        center: (1, K) centre of the teacher's scores.
+        center: (1, K) center of the teacher's scores.
         temperature: of the teacher's soft-max.
 
     Returns:

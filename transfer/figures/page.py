@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.figures.looking import Observer
-from utils.figures.pictures import lit_regions
-from utils.figures.survey import Survey
+from transfer.figures.looking import Observer
+from transfer.figures.pictures import lit_regions
+from transfer.figures.survey import Survey
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _LARGE, _SMALL, _MANY = 126, 98, 512

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.teacher import copy_and_freeze, ema_update
-from tests.reference import teacher as reference
+from models.ema import copy_and_freeze, ema_update
+from tests.reference import ema as reference
 from tests.reference.compare import relative_error
 
 

@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-from utils.distributed import exit_with
+from utils.distributed import exit_with_error
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        exit_with(f"{message} (--help lists the flags)")
+        exit_with_error(f"{message} (--help lists the flags)")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -58,11 +58,11 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
-def add_optimisation(group: argparse._ArgumentGroup) -> None:
+def add_optimization(group: argparse._ArgumentGroup) -> None:
     """Batch, learning rate, precision."""
     group.add_argument("--batch-size", type=at_least(1), default=512, help="images at once, total over GPUs")
-    group.add_argument("--accum-steps", type=at_least(1), default=1, help="batches to one optimiser step")
-    group.add_argument("--optimizer", choices=("sgd", "lars", "adamw"), default="lars", help="optimiser")
+    group.add_argument("--accum-steps", type=at_least(1), default=1, help="batches to one optimizer step")
+    group.add_argument("--optimizer", choices=("sgd", "lars", "adamw"), default="lars", help="optimizer")
     group.add_argument("--base-lr", type=at_least(0, float), default=1.0, help="learning rate for 256 images a step")
     group.add_argument("--warmup-epoch", type=at_least(0), default=5, help="epochs of linear warm-up")
     group.add_argument(
@@ -90,7 +90,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--init", default="", metavar="CKPT", help="start from these weights (ours, released, torchvision)"
     )
-    group.add_argument("--print-freq", type=at_least(1), default=10, help="optimiser steps between reports")
+    group.add_argument("--print-freq", type=at_least(1), default=10, help="optimizer steps between reports")
     group.add_argument("--save-freq", type=at_least(1), default=50, help="epochs between checkpoints")
     group.add_argument("--seed", type=at_least(0), default=0, help="of weights, order, views and demo scenes")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")

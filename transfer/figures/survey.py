@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.grouping import occupied, slots
-from utils.figures.looking import Seen
+from transfer.figures.looking import Seen
 
 
 class Nearest:

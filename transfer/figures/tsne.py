@@ -1,4 +1,4 @@
-"""Figure: cells of many images, laid out by t-SNE of their projections, coloured by slot."""
+"""Figure: cells of many images, laid out by t-SNE of their projections, colored by slot."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from utils.errors import UsageError
-from utils.figures.looking import Observer
-from utils.figures.sheet import PALE
-from utils.pictures import palette
+from transfer.figures.looking import Observer
+from transfer.figures.sheet import PALE
+from utils.visualization import palette
 
 _NAMED = 40
 """Prototypes with most cells, whose numbers are written where there is room."""
@@ -36,7 +36,7 @@ def draw_tsne(observer: Observer, images: Sequence[int], points: int, seed: int,
 
 
 def sample_cells(observer: Observer, images: Sequence[int], points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised projections (N, D) of cells drawn from `images`, as many from each, and their prototypes (N,)."""
+    """Normalized projections (N, D) of cells drawn from `images`, as many from each, and their prototypes (N,)."""
     each = -(-points // len(images))
     features, slots = [], []
     for seen in observer.look(images, "reading"):
@@ -58,13 +58,13 @@ def _plot(places: np.ndarray, slots: np.ndarray, dpi: int, facts: str) -> Figure
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.03)
     left, top = 0.2 / 8, 1 - 0.2 / (height + 0.8)
-    figure.text(left, top, "Cells by likeness (t-SNE), coloured by slot", fontsize=12, weight="bold", va="top")
+    figure.text(left, top, "Cells by likeness (t-SNE), colored by slot", fontsize=12, weight="bold", va="top")
     figure.text(left, top - 0.26 / (height + 0.8), facts, fontsize=8.5, color=PALE, va="top", parse_math=False)
     found, counts = np.unique(slots, return_counts=True)
     order = found[np.argsort(-counts, kind="stable")]
-    colours = dict(zip(order.tolist(), palette(len(order)).numpy()))
+    colors = dict(zip(order.tolist(), palette(len(order)).numpy()))
     size = float(np.clip(32_000 / len(places), 3, 30))
-    axes.scatter(places[:, 0], places[:, 1], s=size, c=[colours[slot] for slot in slots.tolist()], linewidths=0)
+    axes.scatter(places[:, 0], places[:, 1], s=size, c=[colors[slot] for slot in slots.tolist()], linewidths=0)
     written: list[np.ndarray] = []
     apart = np.array([0.045, 0.025]) * max(wide, high)
     for prototype in order[:_NAMED].tolist():
@@ -72,11 +72,11 @@ def _plot(places: np.ndarray, slots: np.ndarray, dpi: int, facts: str) -> Figure
         place = own[np.abs(own - np.median(own, axis=0)).sum(axis=1).argmin()]  # a cell of its own, near the middle
         if all((np.abs(place - other) > apart).any() for other in written):
             written.append(place)
-            _write_number(axes, place, prototype, colours[prototype])
+            _write_number(axes, place, prototype, colors[prototype])
     return figure
 
 
-def _write_number(axes: Any, place: np.ndarray, prototype: int, colour: np.ndarray) -> None:
-    ink = "black" if colour @ (0.3, 0.59, 0.11) > 0.6 else "white"
-    box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "white", "linewidth": 0.8}
+def _write_number(axes: Any, place: np.ndarray, prototype: int, color: np.ndarray) -> None:
+    ink = "black" if color @ (0.3, 0.59, 0.11) > 0.6 else "white"
+    box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
     axes.text(*place, str(prototype), fontsize=7.5, weight="bold", ha="center", va="center", color=ink, bbox=box)

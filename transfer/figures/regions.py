@@ -11,7 +11,7 @@ EDGE = (1.0, 0.78, 0.0)
 def fine_side(cells: int, about: int) -> int:
     """The odd multiple of `cells` that is closest to `about` pixels.
 
-    An odd multiple has pixels on the cells' centres, so that a slot that wins a single cell has a region.
+    An odd multiple has pixels on the cells' centers, so that a slot that wins a single cell has a region.
     """
     return cells * max(1, 2 * round((about / cells - 1) / 2) + 1)
 
@@ -37,7 +37,7 @@ def shrink(images: Tensor, side: int) -> Tensor:
 
 
 def light_up(picture: Tensor, region: Tensor, alpha: float) -> Tensor:
-    """A picture whose region keeps its colours, outlined, while the rest turns grey and fades.
+    """A picture whose region keeps its colors, outlined, while the rest turns gray and fades.
 
     Args:
         picture: (3, side, side) in 0..1.

@@ -15,20 +15,20 @@ _MEAN, _STD = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None
 
 
 def palette(count: int) -> Tensor:
-    """`count` well separated colours, (count, 3) in 0..1: hues by the golden ratio, three lightnesses in turn."""
-    colours = [
+    """`count` well separated colors, (count, 3) in 0..1: hues by the golden ratio, three lightnesses in turn."""
+    colors = [
         colorsys.hls_to_rgb(number * 0.618034 % 1, (0.55, 0.42, 0.7)[number % 3], 0.75) for number in range(count)
     ]
-    return torch.tensor(colours)
+    return torch.tensor(colors)
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """Levels (N, 3, H, W) in 0..1 as the networks want them."""
     return (images - _MEAN) / _STD
 
 
 def levels(view: Tensor) -> Tensor:
-    """A normalised view (N, 3, H, W) as levels in 0..1."""
+    """A normalized view (N, 3, H, W) as levels in 0..1."""
     return (view * _STD + _MEAN).clamp(0, 1)
 
 
@@ -51,17 +51,17 @@ def slot_grid(images: Tensor, scores: Tensor, opacity: float = 0.7) -> Tensor:
 
     Args:
         images: (N, 3, S, S) in 0..1.
-        scores: (N, K, h, w); each pixel gets the colour of the prototype that wins there.
-        opacity: of the colours over the grey image.
+        scores: (N, K, h, w); each pixel gets the color of the prototype that wins there.
+        opacity: of the colors over the gray image.
 
     Returns:
         (3, H, W) uint8.
     """
     side = images.shape[2]
     winners = torch.stack([_upsample(one, side // 2).argmax(dim=0) for one in scores])
-    colours = F.interpolate(palette(scores.shape[1])[winners].permute(0, 3, 1, 2), side)
-    grey = images.mean(dim=1, keepdim=True)
-    maps = opacity * colours + (1 - opacity) * grey
+    colors = F.interpolate(palette(scores.shape[1])[winners].permute(0, 3, 1, 2), side)
+    gray = images.mean(dim=1, keepdim=True)
+    maps = opacity * colors + (1 - opacity) * gray
     return _to_bytes(make_grid(torch.cat([images, maps]), nrow=len(images), padding=4, pad_value=1))
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from utils.errors import UsageError
-from utils.figures.looking import Seen, Squares
-from utils.figures.regions import winners
-from utils.figures.sheet import write
-from utils.figures.survey import Survey
-from utils.pictures import palette
+from transfer.figures.looking import Seen, Squares
+from transfer.figures.regions import winners
+from transfer.figures.sheet import write
+from transfer.figures.survey import Survey
+from utils.visualization import palette
 
 _README = """Slots of {model}, of {images} images.
 
@@ -109,7 +109,7 @@ class Export:
 
 
 def index_mask(won: Tensor, count: int) -> bytes:
-    """A PNG of prototype numbers (H, W): of 8 bits, in colours, up to 256 prototypes, of 16 beyond."""
+    """A PNG of prototype numbers (H, W): of 8 bits, in colors, up to 256 prototypes, of 16 beyond."""
     file = BytesIO()
     if count > 256:
         Image.fromarray(won.numpy().astype(np.uint16)).save(file, format="png")

@@ -60,12 +60,12 @@ class RunLog:
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step` optimiser steps done."""
+        """Move the bar to `step` optimizer steps done."""
         if self.active:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, metrics: Metrics, notes: list[str]) -> None:
-        """Record the metrics after `step` optimiser steps and show them, after what a user has to know."""
+        """Record the metrics after `step` optimizer steps and show them, after what a user has to know."""
         if not self.active:
             return
         for note in notes:

@@ -1,4 +1,4 @@
-"""The demo's scenes: repeatable, honestly labelled, silent about the class in their colours; and their folder."""
+"""The demo's scenes: repeatable, honestly labeled, silent about the class in their colors; and their folder."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data import scenes
-from data.scenes import CLASSES, GROUNDS, OBJECTS, make_demo, render_scene
+from data.demo import CLASSES, GROUNDS, OBJECTS, make_demo, render_scene
 from utils.errors import UsageError
 
 MANY = 160
@@ -82,21 +82,21 @@ def test_objects_hide_one_another(many: list[tuple[np.ndarray, np.ndarray]]) -> 
 
 
 @pytest.mark.parametrize("kinds", [range(len(GROUNDS)), range(len(GROUNDS), len(CLASSES))])
-def test_colour_does_not_tell_the_class(many: list[tuple[np.ndarray, np.ndarray]], kinds: range) -> None:
-    """The nearest class mean in colour guesses little better than chance."""
+def test_color_does_not_tell_the_class(many: list[tuple[np.ndarray, np.ndarray]], kinds: range) -> None:
+    """The nearest class mean in color guesses little better than chance."""
     areas = [(label, picture[mask == label]) for picture, mask in many for label in kinds]
     seen = [(label, pixels.mean(axis=0)) for label, pixels in areas if len(pixels) > 50]
-    labels, colours = np.array([label for label, _ in seen]), np.array([colour for _, colour in seen])
+    labels, colors = np.array([label for label, _ in seen]), np.array([color for _, color in seen])
     learn = np.arange(len(seen)) % 2 == 0
-    means = np.array([colours[learn & (labels == kind)].mean(axis=0) for kind in kinds])
-    guess = ((colours[~learn, None] - means) ** 2).sum(axis=-1).argmin(axis=1) + kinds[0]
+    means = np.array([colors[learn & (labels == kind)].mean(axis=0) for kind in kinds])
+    guess = ((colors[~learn, None] - means) ** 2).sum(axis=-1).argmin(axis=1) + kinds[0]
     chance = 1 / len(kinds)
     spread = np.sqrt(chance * (1 - chance) / (~learn).sum())
     assert (guess == labels[~learn]).mean() < chance + 3.5 * spread
 
 
 def test_the_mask_shows_where_objects_were_painted() -> None:
-    """Outside their labels the objects may darken a pixel (a shadow), which keeps the ratios of its colours."""
+    """Outside their labels the objects may darken a pixel (a shadow), which keeps the ratios of its colors."""
     scene = scenes.Scene(np.random.default_rng(0), 160, 120)
     scene.paint_grounds()
     empty, ground = scene.pixels.copy(), scene.labels.copy()

@@ -1,4 +1,4 @@
-"""Figure: images, and all their slots in colours."""
+"""Figure: images, and all their slots in colors."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.grouping import occupied
-from utils.figures.looking import Observer
-from utils.figures.regions import fine_side, middle, seams, shrink, winners
-from utils.figures.sheet import PALE, Sheet, columns, shorten
-from utils.pictures import palette
+from transfer.figures.looking import Observer
+from transfer.figures.regions import fine_side, middle, seams, shrink, winners
+from transfer.figures.sheet import PALE, Sheet, columns, shorten
+from utils.visualization import palette
 
 _CELL, _GAP, _MARGIN, _TOP, _FOOT = 1.7, 0.07, 0.25, 0.8, 0.3
 """Inches: a picture, the space between two, around the page, its title, below a pair."""
@@ -24,14 +24,14 @@ _LABELLED = 0.012
 def draw_maps(
     observer: Observer, images: Sequence[int], dpi: int, facts: str, prototypes: Sequence[int] | None = None
 ) -> Figure:
-    """Each image above its slots; a prototype has one colour throughout, its number in it.
+    """Each image above its slots; a prototype has one color throughout, its number in it.
 
     Args:
-        prototypes: only these are coloured; None for all.
+        prototypes: only these are colored; None for all.
     """
     pictures, maps, captions = _look(observer, images, round(_CELL * dpi))
     there = {number for one in maps for number in one.unique().tolist()}
-    colours = _colours(maps, sorted(there & set(prototypes) if prototypes else there))
+    colors = _colors(maps, sorted(there & set(prototypes) if prototypes else there))
     height = 2 * _CELL + _GAP + _FOOT
     across = columns(len(maps), _CELL + _GAP, height)
     down = -(-len(maps) // across)
@@ -40,9 +40,9 @@ def draw_maps(
     for place, (picture, one, caption) in enumerate(zip(pictures, maps, captions)):
         x, y = _MARGIN + place % across * (_CELL + _GAP), _TOP + place // across * height
         sheet.picture((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), x, y, _CELL, _CELL)
-        sheet.picture(_paint(picture, one, colours), x, y + _CELL + _GAP, _CELL, _CELL)
-        _write_numbers(sheet, one, colours, x, y + _CELL + _GAP)
-        sheet.text(caption, x, y + 2 * _CELL + _GAP + 0.04, size=7, colour=PALE)
+        sheet.picture(_paint(picture, one, colors), x, y + _CELL + _GAP, _CELL, _CELL)
+        _write_numbers(sheet, one, colors, x, y + _CELL + _GAP)
+        sheet.text(caption, x, y + 2 * _CELL + _GAP + 0.04, size=7, color=PALE)
     return sheet.figure
 
 
@@ -59,29 +59,29 @@ def _look(observer: Observer, images: Sequence[int], about: int) -> tuple[list[T
     return pictures, maps, captions
 
 
-def _colours(maps: list[Tensor], prototypes: Sequence[int]) -> dict[int, Tensor]:
-    """A colour (3,) for each prototype; the first of the palette, which differ most, go to the largest areas."""
+def _colors(maps: list[Tensor], prototypes: Sequence[int]) -> dict[int, Tensor]:
+    """A color (3,) for each prototype; the first of the palette, which differ most, go to the largest areas."""
     area = {prototype: sum(int((one == prototype).sum()) for one in maps) for prototype in prototypes}
     order = sorted(area, key=lambda prototype: -area[prototype])
     return dict(zip(order, palette(len(order))))
 
 
-def _paint(picture: Tensor, won: Tensor, colours: dict[int, Tensor]) -> np.ndarray:
-    """Colours over the grey image, a white line where slots meet: (side, side, 3) uint8."""
-    grey = picture.mean(dim=0, keepdim=True).expand_as(picture)
-    painted = grey * 0.6
+def _paint(picture: Tensor, won: Tensor, colors: dict[int, Tensor]) -> np.ndarray:
+    """Colors over the gray image, a white line where slots meet: (side, side, 3) uint8."""
+    gray = picture.mean(dim=0, keepdim=True).expand_as(picture)
+    painted = gray * 0.6
     for prototype in won.unique().tolist():
         region = won == prototype
-        if prototype in colours:
-            colour = _OPACITY * colours[prototype][:, None, None] + (1 - _OPACITY) * grey
-            painted = torch.where(region, colour, painted)
+        if prototype in colors:
+            color = _OPACITY * colors[prototype][:, None, None] + (1 - _OPACITY) * gray
+            painted = torch.where(region, color, painted)
     painted = torch.where(seams(won, max(1, round(won.shape[0] / 250))), 1.0, painted)
     return (painted * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def _write_numbers(sheet: Sheet, won: Tensor, colours: dict[int, Tensor], x: float, y: float) -> None:
+def _write_numbers(sheet: Sheet, won: Tensor, colors: dict[int, Tensor], x: float, y: float) -> None:
     side = won.shape[0]
-    for prototype in set(won.unique().tolist()) & colours.keys():
+    for prototype in set(won.unique().tolist()) & colors.keys():
         region = won == prototype
         if region.float().mean() >= _LABELLED:
             row, column = middle(region)
@@ -90,7 +90,7 @@ def _write_numbers(sheet: Sheet, won: Tensor, colours: dict[int, Tensor], x: flo
                 x + (column + 0.5) / side * _CELL,
                 y + (row + 0.5) / side * _CELL,
                 size=6.5,
-                colour="white",
+                color="white",
                 ha="center",
                 va="center",
                 weight="bold",

@@ -1,7 +1,7 @@
 """The built-in demo: procedural scenes with ground-truth masks, so that everything runs without a download.
 
 A scene is one or two grounds and two to six lit, textured objects that overlap and cast shadows. Form and
-pattern tell the class, colour never does. Lengths are in short sides of the picture, x to the right and y
+pattern tell the class, color never does. Lengths are in short sides of the picture, x to the right and y
 down, so that a scene looks alike at every size of the same proportions; angles are in radians.
 """
 
@@ -60,7 +60,7 @@ def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
     return np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
 
 
-# Grounds: (x, y, u) -> height of the relief in short sides, mix of two colours around 0..1. u: 4 draws 0..1.
+# Grounds: (x, y, u) -> height of the relief in short sides, mix of two colors around 0..1. u: 4 draws 0..1.
 
 
 def grass(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
@@ -74,7 +74,7 @@ def grass(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 def tiles(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
-    """Bevelled squares of many tones, with joints between them."""
+    """Beveled squares of many tones, with joints between them."""
     size = 0.15 + 0.1 * u[2]
     x, y = x / size + u[0], y / size + u[1]
     column, row = np.floor(x), np.floor(y)
@@ -100,7 +100,7 @@ def sky(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 # Objects, in a unit circle: (x, y, u) -> signed distance to the outline, negative inside, and the mix of two
-# colours 0..1. u: one draw 0..1.
+# colors 0..1. u: one draw 0..1.
 
 
 def ball(x: Array, y: Array, u: float) -> tuple[Array, Array]:
@@ -127,7 +127,7 @@ def star(x: Array, y: Array, u: float) -> tuple[Array, Array]:
 
 
 def flower(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """Five to seven round petals about a core of the second colour."""
+    """Five to seven round petals about a core of the second color."""
     half = np.pi / (5 + int(3 * u))
     radius, angle = np.hypot(x, y), (np.arctan2(y, x) + half) % (2 * half) - half
     petal = 1.15 * np.sin(half) / (1 + np.sin(half))
@@ -180,17 +180,17 @@ def halve(values: Array) -> Array:
     return (rows[..., ::2] + rows[..., 1::2]) / 4
 
 
-def two_colours(rng: np.random.Generator, hue: float, chroma: float, contrast: float) -> Array:
-    """(2, 3, 1, 1): two colours near `hue`, one of them lighter; which one is left to chance."""
+def two_colors(rng: np.random.Generator, hue: float, chroma: float, contrast: float) -> Array:
+    """(2, 3, 1, 1): two colors near `hue`, one of them lighter; which one is left to chance."""
     lightness = rng.uniform(0.35, 0.7) + contrast * rng.permutation([-0.5, 0.5])
     hues = hue + rng.uniform(-0.5, 0.5, 2)
     rgb = lightness[:, None] + chroma * np.cos(hues[:, None] - TURN * np.arange(3) / 3)
     return rgb[..., None, None]
 
 
-def blend(colours: Array, mix: Array) -> Array:
-    """(3, h, w): the first of two colours where `mix` (h, w) is 0, the second where it is 1."""
-    return colours[0] + mix * (colours[1] - colours[0])
+def blend(colors: Array, mix: Array) -> Array:
+    """(3, h, w): the first of two colors where `mix` (h, w) is 0, the second where it is 1."""
+    return colors[0] + mix * (colors[1] - colors[0])
 
 
 def shade(height: Array, unit: float, light: Array) -> Array:
@@ -250,8 +250,8 @@ class Scene:
             x, y = rotate(x, y, turn)
         height, mix = GROUNDS[label](x, y, rng.random(4))
         bright = 1 + clear * (shade(height, self.unit, self.light) - 1)
-        colours = two_colours(rng, self.hue + rng.uniform(-0.8, 0.8), rng.uniform(0.05, 0.16), 0.3)
-        self.pixels[:, rows] = glow * bright / bright.mean() * blend(colours, 0.5 + clear * (mix - 0.5))
+        colors = two_colors(rng, self.hue + rng.uniform(-0.8, 0.8), rng.uniform(0.05, 0.16), 0.3)
+        self.pixels[:, rows] = glow * bright / bright.mean() * blend(colors, 0.5 + clear * (mix - 0.5))
         self.labels[:] = label
 
     def paint_objects(self) -> None:
@@ -275,8 +275,8 @@ class Scene:
 
     def _around(self, x: float, y: float, radius: float, reach: float) -> tuple[Array, NDArray[np.uint8], Array]:
         """Views of the pixels and labels within `reach` radii of (x, y), and the pixels' offsets in radii."""
-        starts = [max(0, int((centre - reach * radius) * self.unit / 2)) for centre in (y, x)]
-        stops = [int((centre + reach * radius) * self.unit / 2) + 1 for centre in (y, x)]
+        starts = [max(0, int((center - reach * radius) * self.unit / 2)) for center in (y, x)]
+        stops = [int((center + reach * radius) * self.unit / 2) + 1 for center in (y, x)]
         box = tuple(slice(2 * start, 2 * stop) for start, stop in zip(starts, stops))
         offset = np.stack([self.x[box] - x, self.y[box] - y]) / radius
         return self.pixels[:, *box], self.labels[starts[0] : stops[0], starts[1] : stops[1]], offset
@@ -284,7 +284,7 @@ class Scene:
     def _paint_object(self, kind: int, x: float, y: float, radius: float) -> None:
         rng, scale = self.rng, radius * self.unit
         turn, squeeze, u = rng.uniform([0, 0.8, 0], [TURN, 1, 1])
-        colours = two_colours(rng, self.hue + rng.uniform(1, TURN - 1), rng.uniform(0.1, 0.28), 0.35)
+        colors = two_colors(rng, self.hue + rng.uniform(1, TURN - 1), rng.uniform(0.1, 0.28), 0.35)
 
         def drawn(offset: Array) -> tuple[Array, Array]:
             right, down = rotate(offset[0], offset[1], turn)
@@ -300,7 +300,7 @@ class Scene:
         cover, depth = step(-distance, 1 / scale), np.clip(-distance, 0, 1)
         bright = 0.4 + 0.6 * shade(np.sqrt(depth * (2 - depth)), scale, self.light)
         bright /= np.average(bright, weights=cover + 1e-6)
-        pixels += cover * (bright * blend(colours, mix) - pixels)
+        pixels += cover * (bright * blend(colors, mix) - pixels)
         labels[halve(cover) > 0.5] = len(GROUNDS) + kind
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from utils.figures.looking import Observer
-from utils.figures.pictures import lit_regions
-from utils.figures.sheet import PALE, Sheet, columns
-from utils.figures.survey import Survey
+from transfer.figures.looking import Observer
+from transfer.figures.pictures import lit_regions
+from transfer.figures.sheet import PALE, Sheet, columns
+from transfer.figures.survey import Survey
 
 _CELL, _GAP, _MARGIN, _TOP, _HEAD, _FOOT = 1.3, 0.05, 0.25, 0.8, 0.22, 0.22
 """Inches: a picture, the space between two, around the page, its title, above a row and below it."""
@@ -19,7 +19,7 @@ _NOTHING = np.full((1, 1, 3), 238, dtype=np.uint8)
 """In place of the pictures of a prototype that no image uses."""
 
 
-def draw_neighbours(
+def draw_neighbors(
     observer: Observer, survey: Survey, prototypes: Sequence[int], alpha: float, dpi: int, facts: str
 ) -> Figure:
     """A row of nearest images for each of `prototypes`, with scores below; rows stand in blocks side by side."""
@@ -38,12 +38,12 @@ def draw_neighbours(
         x, y = _MARGIN + place // down * block, _TOP + place % down * row
         sheet.text(f"{prototype}", x, y, size=9, weight="bold")
         indent = 0.09 * len(str(prototype)) + 0.1
-        sheet.text(usage_in_words(survey, prototype), x + indent, y + 0.015, size=7.5, colour=PALE)
+        sheet.text(usage_in_words(survey, prototype), x + indent, y + 0.015, size=7.5, color=PALE)
         strip = strips.get(prototype, _NOTHING)
         sheet.picture(strip, x, y + _HEAD, _CELL * strip.shape[1] / strip.shape[0], _CELL)
         for rank, (_, score) in enumerate(nearest[prototype]):
-            centre = x + rank * (_CELL + _GAP) + _CELL / 2
-            sheet.text(f"{score:.3f}", centre, y + _HEAD + _CELL + 0.03, size=7, colour=PALE, ha="center")
+            center = x + rank * (_CELL + _GAP) + _CELL / 2
+            sheet.text(f"{score:.3f}", center, y + _HEAD + _CELL + 0.03, size=7, color=PALE, ha="center")
     return sheet.figure
 
 

@@ -13,16 +13,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data.datasets import SceneDataset
-from data.views import central_crop, centre_view
+from data.views import central_crop, center_view
 from utils.errors import UsageError
-from utils.pictures import normalise
+from utils.visualization import normalize
 
 Model = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Normalised images (B, 3, S, S) -> projections (B, D, h, w) and scores (B, K, h, w)."""
+"""Normalized images (B, 3, S, S) -> projections (B, D, h, w) and scores (B, K, h, w)."""
 
 
 class Square(NamedTuple):
-    """The centre of image `number`; None where it cannot be read."""
+    """The center of image `number`; None where it cannot be read."""
 
     number: int
     pixels: Tensor | None
@@ -32,7 +32,7 @@ class Square(NamedTuple):
 
 
 class Squares(Dataset[Square]):
-    """Image number -> the image's centre square, resampled to `size` pixels."""
+    """Image number -> the image's center square, resampled to `size` pixels."""
 
     def __init__(self, images: SceneDataset, size: int):
         self.root, self.files, self.size = images.root, images.files, size
@@ -49,7 +49,7 @@ class Squares(Dataset[Square]):
         try:
             with Image.open(path) as image:
                 crop = central_crop(image.size, (1, 1))
-                return Square(int(number), centre_view(image, self.size), (crop[0], crop[1], crop[2], crop[3]))
+                return Square(int(number), center_view(image, self.size), (crop[0], crop[1], crop[2], crop[3]))
         except Exception:  # damaged files make Pillow's decoders raise nearly anything
             return Square(int(number), None, (0, 0, 0, 0))
 
@@ -108,7 +108,7 @@ class Observer:
         images = torch.stack([square.pixels for square in squares if square.pixels is not None])
         try:
             with torch.no_grad():
-                projections, scores = self.model(normalise(images / 255).to(self.device))
+                projections, scores = self.model(normalize(images / 255).to(self.device))
         except torch.cuda.OutOfMemoryError:
             raise UsageError(f"--batch-size {self.batch_size}: more than the GPU's memory holds; use less") from None
         numbers = torch.tensor([square.number for square in squares])

@@ -1,7 +1,7 @@
-"""Colour on the device: drawn for each image in the worker, applied to a whole batch at once.
+"""Color on the device: drawn for each image in the worker, applied to a whole batch at once.
 
 The operations are Pillow's, on float levels 0..255 that are clamped after each of them: brightness, contrast,
-saturation and hue in the image's own order, then greyscale, Gaussian blur and solarise.
+saturation and hue in the image's own order, then grayscale, Gaussian blur and solarize.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from utils.batch import MEAN, STD, Batch
 # fixed size, Pillow by box filters of a fractional one.
 
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-"""Pillow's weights of red, green and blue in a grey level."""
+"""Pillow's weights of red, green and blue in a gray level."""
 
-# The columns of a view's colour parameters.
+# The columns of a view's color parameters.
 FACTORS = slice(0, 4)
 """Factors of brightness, contrast and saturation; shift of the hue in turns of the circle."""
 ORDER = slice(4, 8)
 """The four jitters, numbered as in FACTORS, in the order in which they are applied."""
-GREY, BLUR, SOLARISE = 8, 9, 10
-"""Greyscale (0 or 1); sigma of the blur in pixels (0: none); solarise (0 or 1)."""
+GRAY, BLUR, SOLARIZE = 8, 9, 10
+"""Grayscale (0 or 1); sigma of the blur in pixels (0: none); solarize (0 or 1)."""
 NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0)
 
 CPU_CHUNK = 4
@@ -38,53 +38,53 @@ BAND_ROWS = 32
 
 
 @dataclass(frozen=True)
-class ColourRecipe:
-    """How strongly and how often the colours of a view change."""
+class ColorRecipe:
+    """How strongly and how often the colors of a view change."""
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Brightness, contrast, saturation: factors in 1 ± strength; hue: shifts in ± strength turns."""
     jitter_p: float = 0.8
-    grey_p: float = 0.2
+    gray_p: float = 0.2
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarise_p: float = 0.0
+    solarize_p: float = 0.0
 
 
-def draw_colour(rng: np.random.Generator, recipe: ColourRecipe) -> np.ndarray:
-    """Draw the colour parameters of one view: (11,) float32, its columns as named above."""
-    colour = np.array(NEUTRAL, dtype=np.float32)
+def draw_color(rng: np.random.Generator, recipe: ColorRecipe) -> np.ndarray:
+    """Draw the color parameters of one view: (11,) float32, its columns as named above."""
+    color = np.array(NEUTRAL, dtype=np.float32)
     if rng.random() < recipe.jitter_p:
         *strengths, hue_strength = recipe.jitter
         factors = [rng.uniform(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
-        colour[FACTORS] = [*factors, rng.uniform(-hue_strength, hue_strength)]
-        colour[ORDER] = rng.permutation(4)
-    colour[GREY] = rng.random() < recipe.grey_p
+        color[FACTORS] = [*factors, rng.uniform(-hue_strength, hue_strength)]
+        color[ORDER] = rng.permutation(4)
+    color[GRAY] = rng.random() < recipe.gray_p
     if rng.random() < recipe.blur_p:
-        colour[BLUR] = rng.uniform(*recipe.blur_sigma)
-    colour[SOLARISE] = rng.random() < recipe.solarise_p
-    return colour
+        color[BLUR] = rng.uniform(*recipe.blur_sigma)
+    color[SOLARIZE] = rng.random() < recipe.solarize_p
+    return color
 
 
-def apply_colour(batch: Batch) -> Batch:
-    """The batch with its views coloured and normalised, on their device; its `colour` is then None."""
-    if batch.colour is None:
+def apply_color(batch: Batch) -> Batch:
+    """The batch with its views colored and normalized, on their device; its `color` is then None."""
+    if batch.color is None:
         return batch
-    views = [photometric(view, colour) for view, colour in zip(batch.views, batch.colour.unbind(1))]
-    return replace(batch, views=views, colour=None)
+    views = [photometric(view, color) for view, color in zip(batch.views, batch.color.unbind(1))]
+    return replace(batch, views=views, color=None)
 
 
-def photometric(views: Tensor, colour: Tensor) -> Tensor:
-    """Colour and normalise uint8 views (B, 3, S, S) by the parameters (B, 11) drawn for them: float32.
+def photometric(views: Tensor, color: Tensor) -> Tensor:
+    """Color and normalize uint8 views (B, 3, S, S) by the parameters (B, 11) drawn for them: float32.
 
-    `colour` lies on the host and decides there which images take part in what: the host never waits for the
+    `color` lies on the host and decides there which images take part in what: the host never waits for the
     device.
     """
     if views.device.type == "cpu" and len(views) > CPU_CHUNK:
-        return torch.cat([photometric(*part) for part in zip(views.split(CPU_CHUNK), colour.split(CPU_CHUNK))])
+        return torch.cat([photometric(*part) for part in zip(views.split(CPU_CHUNK), color.split(CPU_CHUNK))])
     x = views.float()
-    steps = plan(colour)
+    steps = plan(color)
     rows_of_steps = to_device(torch.cat([step.rows for step in steps]), x.device)
-    parameters = to_device(torch.cat([colour, box_taps(colour[:, BLUR])], dim=1), x.device)
+    parameters = to_device(torch.cat([color, box_taps(color[:, BLUR])], dim=1), x.device)
     for step, rows in zip(steps, rows_of_steps.split([len(step.rows) for step in steps])):
         if len(rows) > 0:
             x.index_copy_(0, rows, step.operation(x[rows], parameters[rows, step.columns, None, None]))
@@ -105,20 +105,20 @@ class Step(NamedTuple):
     rows: Tensor
     """(n,) int64: the images that take part."""
     columns: slice
-    """Where their parameters stand: the columns of `colour`, then the taps of the blur."""
+    """Where their parameters stand: the columns of `color`, then the taps of the blur."""
 
 
-def plan(colour: Tensor) -> list[Step]:
-    """Which images take part in which operation, in the order of application; colour (B, 11) on the host."""
-    jittered = colour[:, FACTORS] != torch.tensor(NEUTRAL[FACTORS])
+def plan(color: Tensor) -> list[Step]:
+    """Which images take part in which operation, in the order of application; color (B, 11) on the host."""
+    jittered = color[:, FACTORS] != torch.tensor(NEUTRAL[FACTORS])
     steps = [
         Step(operation, (jittered[:, number] & (turn == number)).nonzero()[:, 0], slice(number, number + 1))
-        for turn in colour[:, ORDER].unbind(1)
+        for turn in color[:, ORDER].unbind(1)
         for number, operation in enumerate((brightness, contrast, saturation, hue))
     ]
     taps = slice(len(NEUTRAL), None)
-    for operation, column in ((greyscale, GREY), (blur, BLUR), (solarise, SOLARISE)):
-        steps.append(Step(operation, colour[:, column].nonzero()[:, 0], taps))
+    for operation, column in ((grayscale, GRAY), (blur, BLUR), (solarize, SOLARIZE)):
+        steps.append(Step(operation, color[:, column].nonzero()[:, 0], taps))
     return steps
 
 
@@ -126,7 +126,7 @@ def plan(colour: Tensor) -> list[Step]:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Grey levels (n, 1, S, S)."""
+    """Gray levels (n, 1, S, S)."""
     red, green, blue = x.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -158,11 +158,11 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     return torch.cat([torch.addcmul(lowest, chroma, share.clamp_(0, 1)) for share in shares], dim=1)
 
 
-def greyscale(x: Tensor, _: Tensor) -> Tensor:
+def grayscale(x: Tensor, _: Tensor) -> Tensor:
     return x.copy_(luma(x))
 
 
-def solarise(x: Tensor, _: Tensor) -> Tensor:
+def solarize(x: Tensor, _: Tensor) -> Tensor:
     """Invert levels from 128 on: of a whole level v and 255 - v, that leaves the smaller."""
     return torch.minimum(x, 255 - x)
 

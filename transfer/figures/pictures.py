@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from utils.figures.looking import Observer
-from utils.figures.regions import fine_side, light_up, shrink, winners
+from transfer.figures.looking import Observer
+from transfer.figures.regions import fine_side, light_up, shrink, winners
 
 
 @dataclass(frozen=True)

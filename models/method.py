@@ -36,8 +36,8 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student; called once per optimiser step, before the forward."""
+        """Move the teacher towards the student; called once per optimizer step, before the forward."""
 
     def slot_maps(self, images: Tensor) -> Tensor | None:
-        """Scores (B, K, h, w) of normalised images (B, 3, H, W); None for a method without slots."""
+        """Scores (B, K, h, w) of normalized images (B, 3, H, W); None for a method without slots."""
         return None

@@ -13,31 +13,31 @@ from transfer.probe.predict import cell_shares
 
 @dataclass(frozen=True)
 class Memory:
-    """M training cells, and how their neighbours' classes are weighed."""
+    """M training cells, and how their neighbors' classes are weighed."""
 
     keys: Tensor
     """(M, C), of length 1."""
     shares: Tensor
     """(M, classes): what share of a cell's pixels is of each class."""
-    neighbours: int
+    neighbors: int
     temperature: float
 
     def __call__(self, features: Tensor) -> Tensor:
         """(C, h, w) -> shares of the classes (classes, h, w), of the nearest keys weighed by soft-max of the cosine."""
         cells = F.normalize(features.to(self.keys.device).flatten(1).T, dim=1)
-        cosine, nearest = (cells @ self.keys.T).topk(min(self.neighbours, len(self.keys)), dim=1)
+        cosine, nearest = (cells @ self.keys.T).topk(min(self.neighbors, len(self.keys)), dim=1)
         weights = (cosine / self.temperature).softmax(dim=1)
         return torch.einsum("nk,nkc->cn", weights, self.shares[nearest]).unflatten(1, features.shape[1:])
 
 
 def remember(
-    features: Features, classes: int, size: int, neighbours: int, temperature: float, seed: int, device: torch.device
+    features: Features, classes: int, size: int, neighbors: int, temperature: float, seed: int, device: torch.device
 ) -> Memory:
     """`size` random cells of the training images that are not void throughout; all of them if there are fewer."""
     height, width = features.maps.shape[1:3]
     shares = cell_shares(features.labels, (height, width), classes).reshape(-1, classes)
-    labelled = np.flatnonzero(shares.sum(axis=1))
+    labeled = np.flatnonzero(shares.sum(axis=1))
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(labelled, min(size, len(labelled)), replace=False))
+    chosen = np.sort(rng.choice(labeled, min(size, len(labeled)), replace=False))
     keys, kept = F.normalize(features.cells(chosen), dim=1), torch.from_numpy(shares[chosen])
-    return Memory(keys.to(device), kept.to(device), neighbours, temperature)
+    return Memory(keys.to(device), kept.to(device), neighbors, temperature)

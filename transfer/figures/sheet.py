@@ -42,15 +42,15 @@ class Sheet:
         """Pixels (h, w, 3) in a box whose upper left corner is (x, y)."""
         self.axes.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto", interpolation="antialiased")
 
-    def text(self, words: str, x: float, y: float, size: float = 8, colour: str = INK, **more: Any) -> Any:
+    def text(self, words: str, x: float, y: float, size: float = 8, color: str = INK, **more: Any) -> Any:
         """Words whose upper left corner is (x, y), `size` in points."""
         place = {"ha": "left", "va": "top"} | more
-        return self.axes.text(x, y, words, fontsize=size, color=colour, parse_math=False, **place)
+        return self.axes.text(x, y, words, fontsize=size, color=color, parse_math=False, **place)
 
     def title(self, title: str, facts: str, x: float = 0.25) -> None:
         """The two lines at the top, which take 0.75 inch."""
         self.text(title, x, 0.22, size=11, weight="bold")
-        self.text(facts, x, 0.45, size=8, colour=PALE)
+        self.text(facts, x, 0.45, size=8, color=PALE)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -81,12 +81,12 @@ def write(path: Path, content: bytes) -> None:
 def columns(count: int, width: float, height: float, aspect: float = 1.3) -> int:
     """In how many columns `count` blocks of `width` x `height` fill a page of about `aspect`, width over height."""
 
-    def misfit(across: int) -> float:
+    def first_mismatch(across: int) -> float:
         down = -(-count // across)
         ratio = across * width / (down * height)
         return max(ratio / aspect, aspect / ratio) * (across * down / count) ** 2
 
-    return min(range(1, count + 1), key=misfit)
+    return min(range(1, count + 1), key=first_mismatch)
 
 
 def shorten(words: str, length: int) -> str:
