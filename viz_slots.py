@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from data.datasets import FOLDERS, SceneDataset, build_dataset
 from models.backbones import ARCHITECTURES
 from transfer.encoders import infer_arch
-from transfer.trained import TrainedSlots, load_slots
+from transfer.trained_slots import TrainedSlots, load_slots
 from utils import config, checkpoint, distributed
 from utils.device import choose_device, loader_workers
 from utils.errors import UsageError

@@ -33,7 +33,7 @@ from tests.reference.framework_names import resnet_rows
 from transfer import convert
 from transfer.encoders import read_encoder, infer_arch
 from transfer.formats import FORMATS, detectron2_name, read_detectron2, torchvision_name
-from utils.checkpoint import initialize
+from utils.checkpoint import initialize_from
 from utils.errors import UsageError
 
 Tiny = Callable[..., list[str]]
@@ -1243,7 +1243,7 @@ def test_a_run_starts_from_files_of_all_kinds(file: str, tiny_args: argparse.Nam
     make, student, teacher = INITS[file]
     torch.save(make(), tmp_path / "in.pth")
     method = build_method(tiny_args)
-    assert {"encoder_q", "encoder_k"} <= set(initialize(method, tmp_path / "in.pth"))
+    assert {"encoder_q", "encoder_k"} <= set(initialize_from(method, tmp_path / "in.pth"))
     assert_equal(method.encoder_q.state_dict(), student)
     assert_equal(method.encoder_k.state_dict(), teacher)
 
@@ -1263,6 +1263,6 @@ def test_a_run_starts_from_a_converted_encoder(
     target: str, converted: Callable[[str], Path], tiny_args: argparse.Namespace
 ) -> None:
     method = build_method(tiny_args)
-    initialize(method, converted(target))
+    initialize_from(method, converted(target))
     assert_equal(method.encoder_q.state_dict(), TEACHER)
     assert_equal(method.encoder_k.state_dict(), TEACHER)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from tests.conftest import run_expecting_usage_error
 from transfer.detection import train_net
-from transfer.pickles import read_pickle
+from utils.safe_pickle import load_arrays
 
 TRAIN_NET = Path(train_net.__file__)
 CONFIGS = TRAIN_NET.parent / "configs"
@@ -368,7 +368,7 @@ def test_arrays_of_any_protocol_are_read(protocol: int, tmp_path: Path) -> None:
     state = {"array": np.arange(6.0).reshape(2, 3).T, "number": np.float64(2.5), "text": "é", "bytes": b"\xff"}
     path = tmp_path / "arrays.pkl"
     path.write_bytes(pickle.dumps(state, protocol=protocol))
-    read = read_pickle(path, "MODEL.WEIGHTS")
+    read = load_arrays(path, "MODEL.WEIGHTS")
     assert np.array_equal(read.pop("array"), state.pop("array"))
     assert read == state
 

@@ -44,7 +44,8 @@ from transfer.probe.features import Features
 from transfer.probe.labeled import LAYOUTS, Labeled
 from transfer.probe.predict import cell_shares, count, label_maps, winners
 from transfer.probe.scores import VOID, confusion, majority, match, relabel, score
-from transfer.trained import build_network, load_encoder, load_slots, untrained, untrained_slots
+from transfer.encoders import build_network, load_encoder, untrained_encoder
+from transfer.trained_slots import load_slots, untrained_slots
 from utils.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -709,7 +710,7 @@ def extracted(see: Counting, cache: Path, root: Path, *more: str, **facts: objec
 
 
 def test_features_are_those_of_each_image_alone(folder: Path, tmp_path: Path) -> None:
-    network = build_network(untrained("resnet18", 0))
+    network = build_network(untrained_encoder("resnet18", 0))
     args = arguments(folder, "--cache", str(tmp_path), "--batch-size", "3")
     data = Labeled(args, "train")
     found = features.extract(network, data, args, CPU, FACTS)
@@ -828,7 +829,7 @@ def untrained_projections(slots_path: Path, folder: Path, cache: Path) -> Featur
     args = arguments(folder, "--cache", str(cache))
     args.checkpoint = str(slots_path)
     data = Labeled(args, "val")
-    return unsupervised_segmentation.probe(make_task(args, data), untrained("resnet18", 0)).seen
+    return unsupervised_segmentation.probe(make_task(args, data), untrained_encoder("resnet18", 0)).seen
 
 
 def make_task(args: argparse.Namespace, data: Labeled) -> Task:
@@ -932,7 +933,7 @@ def test_slots_that_are_not_whole_are_refused(damage: str, trained: Path, tmp_pa
 
 
 def test_strides_below_32_are_dilations_of_the_same_weights() -> None:
-    encoder = untrained("resnet50", 0)
+    encoder = untrained_encoder("resnet50", 0)
     for name, value in encoder.weights.items():
         if name.endswith("bn3.weight"):
             value.fill_(0.2)  # blocks start as the identity, where dilation has no effect
@@ -951,19 +952,19 @@ def test_an_untrained_encoder_is_that_of_its_seed_and_leaves_the_generator_alone
     torch.manual_seed(11)
     expected = torch.rand(2)
     torch.manual_seed(11)
-    first, again, other = (untrained("resnet18", seed) for seed in (0, 0, 1))
+    first, again, other = (untrained_encoder("resnet18", seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(2), expected)
     name = "layer3.0.conv1.weight"
     assert torch.equal(first.weights[name], again.weights[name])
     assert not torch.equal(first.weights[name], other.weights[name])
     assert first.provenance == again.provenance
     assert first.provenance["source_sha256"] != other.provenance["source_sha256"]
-    assert untrained("resnet34", 0).provenance["source_sha256"] != first.provenance["source_sha256"]
+    assert untrained_encoder("resnet34", 0).provenance["source_sha256"] != first.provenance["source_sha256"]
 
 
 def test_untrained_slots_have_the_sizes_of_the_trained_ones(trained: Path) -> None:
     slots = load_slots(trained)
-    network = build_network(untrained("resnet18", 0))
+    network = build_network(untrained_encoder("resnet18", 0))
     first, again, other = (untrained_slots(slots, network, seed) for seed in (0, 0, 1))
     shapes = {name: value.shape for name, value in slots.state_dict().items()}
     assert {name: value.shape for name, value in first.state_dict().items()} == shapes

@@ -279,11 +279,11 @@ def test_init_takes_a_backbone_alone_for_student_and_teacher(prefix: str, tiny: 
 
 
 def test_init_refuses_a_file_without_an_encoder(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    from utils.checkpoint import initialize
+    from utils.checkpoint import initialize_from
 
     torch.save({"model": {"head.weight": torch.ones(2)}}, tmp_path / "head.pth")
     with pytest.raises(UsageError, match="no encoder"):
-        initialize(build_method(tiny_args), tmp_path / "head.pth")
+        initialize_from(build_method(tiny_args), tmp_path / "head.pth")
 
 
 def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(

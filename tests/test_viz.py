@@ -23,7 +23,7 @@ import viz_slots
 from data.views import center_view
 from models import build_method
 from tests.conftest import TINY, run_expecting_usage_error
-from transfer.trained import load_slots
+from transfer.trained_slots import load_slots
 from transfer.figures.looking import Seen
 from transfer.figures.page import build_page
 from transfer.figures.pictures import lit_regions

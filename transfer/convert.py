@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transfer.encoders import Encoder, read_encoder
+from transfer.encoders import EncoderWeights, read_encoder
 from transfer.formats import FORMATS, write
 from transfer.verify import load_image, verify
 from utils import config, distributed
@@ -67,7 +67,7 @@ def _exists(path: Path) -> bool:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _check_output(args: argparse.Namespace, encoder: Encoder) -> None:
+def _check_output(args: argparse.Namespace, encoder: EncoderWeights) -> None:
     suffix = {name: suffix for suffix, name in _BY_SUFFIX.items()}.get(args.to)
     if suffix and args.output.suffix != suffix:
         raise UsageError(f"{args.output}: {args.to} knows its files by their name; call it {args.output.stem}{suffix}")
@@ -82,7 +82,7 @@ def _check_output(args: argparse.Namespace, encoder: Encoder) -> None:
         raise UsageError(f"{args.input}: already converted to {converted}, from {source}; give that file")
 
 
-def _describe(encoder: Encoder) -> str:
+def _describe(encoder: EncoderWeights) -> str:
     facts = encoder.provenance
     which = {"teacher": "teacher's ", "student": "student's "}.get(facts["encoder"], "")
     method = f" of {facts['method']}" if "method" in facts else ""

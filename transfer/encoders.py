@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbones import ARCHITECTURES, build_encoder
 from utils import checkpoint
@@ -37,7 +37,7 @@ _KNOWN_BY = ("format", "source", "encoder", "source_sha256")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderWeights:
     """An encoder's weights, all of them and of the right shapes."""
 
     weights: Weights
@@ -49,7 +49,7 @@ class Encoder:
     wants: color order, mean and standard deviation of levels 0..1."""
 
 
-def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
+def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
     """The encoder in a checkpoint of this project, a released one, a backbone-only file, or torchvision's or timm's.
 
     Args:
@@ -65,7 +65,7 @@ def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
             message = f"{path}: already converted to detectron2; give the checkpoint that it was made from"
             raise UsageError(message) from None
         raise
-    found, weights = checkpoint.find_encoder(checkpoint.weights_in(state, f"checkpoint {path}"), which or "teacher")
+    found, weights = checkpoint.find_encoder(checkpoint.extract_weights(state, f"checkpoint {path}"), which or "teacher")
     if not weights:
         raise UsageError(
             f"{path}: no encoder in it (looked for encoder_k., encoder_q., momentum_encoder., base_encoder., "
@@ -88,7 +88,70 @@ def read_encoder(path: Path | str, which: str | None = None) -> Encoder:
         "mean": list(MEAN),
         "std": list(STD),
     }
-    return Encoder(weights, arch, provenance)
+    return EncoderWeights(weights, arch, provenance)
+
+
+def load_encoder(path: Path | str, which: str | None = None, output_stride: int = 32) -> nn.Module:
+    """The encoder of any checkpoint, frozen: normalized RGB images (B, 3, H, W) -> map (B, C, h, w).
+
+    Args:
+        which: `teacher` or `student`; None for the teacher where there are both.
+        output_stride: pixels to a cell of a ResNet, below 32 by dilation; a ViT's is its patch.
+
+    Raises:
+        UsageError: as `read_encoder`.
+    """
+    return build_network(read_encoder(path, which), output_stride)
+
+
+def build_network(encoder: EncoderWeights, output_stride: int = 32) -> nn.Module:
+    """`encoder` as a frozen network in evaluation mode."""
+    if encoder.arch.startswith("vit"):
+        if output_stride != 32:
+            raise UsageError(f"--output-stride {output_stride}: a {encoder.arch}'s cell is its patch; leave it out")
+        network: nn.Module = _TokenMap(encoder)
+    else:
+        with torch.device("meta"):
+            network = _build_encoder(encoder.arch, output_stride)
+        network.load_state_dict(encoder.weights, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def untrained_encoder(arch: str, seed: int) -> EncoderWeights:
+    """An encoder as pre-training starts with it: the baseline of every probe."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = _create_vit(arch) if arch.startswith("vit") else _build_encoder(arch)
+    fingerprint = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
+    facts = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": fingerprint}
+    return EncoderWeights(network.state_dict(), arch, facts)
+
+
+def _build_encoder(arch: str, output_stride: int = 32) -> nn.Module:
+    network = build_encoder(arch, output_stride)
+    return network[0] if isinstance(network, tuple) else network
+
+
+def _create_vit(arch: str) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"a {arch} needs timm; pip install timm") from None
+    return timm.create_model(arch, num_classes=0, dynamic_img_size=True)
+
+
+class _TokenMap(nn.Module):
+    """timm's ViT whose patch tokens are laid out as a map."""
+
+    def __init__(self, encoder: EncoderWeights):
+        super().__init__()
+        self.vit = _create_vit(encoder.arch)
+        self.vit.load_state_dict(encoder.weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patch = self.vit.patch_embed.patch_size[0]
+        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+        return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
 
 
 def infer_arch(weights: Weights, where: str) -> str:
@@ -101,30 +164,16 @@ def infer_arch(weights: Weights, where: str) -> str:
     candidates = {arch: resnet_shapes(arch) for arch in ARCHITECTURES} | _vit_candidate(shapes)
     arch = max(candidates, key=lambda name: len(candidates[name].items() & shapes.items()))
     expected = candidates[arch]
-    if first := first_mismatch(weights, expected):
+    if first := checkpoint.first_mismatch(weights, expected):
         raise UsageError(f"{where}: not a whole {arch}, the closest known architecture ({first})")
     return arch
-
-
-def first_mismatch(weights: Weights, expected: Mapping[str, Tensor | tuple[int, ...]]) -> str:
-    """The first difference in names and shapes, in words; empty if there is none."""
-    for name in sorted(weights.keys() | expected.keys()):
-        if name not in weights:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} has no place in it"
-        there, wanted = tuple(weights[name].shape), expected[name]
-        wanted = tuple(wanted.shape if isinstance(wanted, Tensor) else wanted)
-        if there != wanted:
-            return f"{name} is {there} and should be {wanted}"
-    return ""
 
 
 @cache
 def resnet_shapes(arch: str) -> Shapes:
     """Names and shapes of a torchvision ResNet's tensors, without its classifier."""
     with torch.device("meta"):
-        encoder, _ = build_encoder(arch)
+        encoder = _build_encoder(arch)
     return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
 
 

@@ -15,12 +15,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transfer.encoders import Encoder, read_encoder
+from transfer.encoders import EncoderWeights, read_encoder
 from transfer.formats import write
 from transfer.tasks import FOLDER, PUBLISHED, TASKS
 from transfer.verify import load_image, verify
-from utils import config, checkpoint, distributed
+from utils import config, distributed
 from utils.errors import UsageError
+from utils.files import atomic_write_text
 
 _CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
 
@@ -100,7 +101,7 @@ def _folder(args: argparse.Namespace, name: str, seed: int) -> Path:
     return args.out / name / f"seed_{seed}"
 
 
-def _convert(args: argparse.Namespace, encoder: Encoder, frameworks: set[str]) -> None:
+def _convert(args: argparse.Namespace, encoder: EncoderWeights, frameworks: set[str]) -> None:
     """The encoder in the formats of `frameworks`, compared with the checkpoint; what was there must be of it, too."""
     mark = args.out / "evaluated.json"
     facts: dict[str, Any] = {"checkpoint": encoder.provenance}
@@ -123,7 +124,7 @@ def _convert(args: argparse.Namespace, encoder: Encoder, frameworks: set[str]) -
             )
 
 
-def _fine_tune(args: argparse.Namespace, name: str, seed: int, encoder: Encoder) -> int:
+def _fine_tune(args: argparse.Namespace, name: str, seed: int, encoder: EncoderWeights) -> int:
     """One run, from where it stopped if it has begun; returns its exit status, and leaves `done.json` if that is 0."""
     folder = _folder(args, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def _reason(log: Path) -> str:
     return (told or lines)[-1]
 
 
-def _command(args: argparse.Namespace, name: str, seed: int, encoder: Encoder) -> list[str]:
+def _command(args: argparse.Namespace, name: str, seed: int, encoder: EncoderWeights) -> list[str]:
     """The published command of a task, as a user would type it."""
     task, run = TASKS[name], _folder(args, name, seed) / "run"
     method = "SlotFA" if encoder.provenance.get("method") == "slotfa" else "SlotCon"
@@ -169,7 +170,7 @@ def _command(args: argparse.Namespace, name: str, seed: int, encoder: Encoder) -
 
 
 def _write_tables(
-    args: argparse.Namespace, skipped: dict[str, str], failed: list[tuple[str, int]], encoder: Encoder
+    args: argparse.Namespace, skipped: dict[str, str], failed: list[tuple[str, int]], encoder: EncoderWeights
 ) -> str:
     """`results.json` and `results.md`; returns the latter."""
     rows = [row for name in skipped for row in _rows(args, name, skipped[name], failed)]
@@ -177,7 +178,7 @@ def _write_tables(
     options = [args.detection_options, args.segmentation_options]
     changed = f"\nNot the published recipe: `{' '.join(filter(None, options))}`\n" if any(options) else ""
     text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n{changed}\n{markdown(rows)}"
-    checkpoint.write_text(args.out / "results.md", text)
+    atomic_write_text(args.out / "results.md", text)
     return text
 
 
@@ -223,7 +224,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    checkpoint.write_text(path, json.dumps(content, indent=2) + "\n")
+    atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from transfer.encoders import PROVENANCE, Encoder
-from transfer.pickles import read_pickle
-from utils import checkpoint
+from transfer.encoders import PROVENANCE, EncoderWeights
+from utils.safe_pickle import load_arrays
 from utils.checkpoint import Weights
 from utils.errors import UsageError
+from utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ FORMATS = {
 }
 
 
-def write(path: Path, encoder: Encoder, target: str) -> None:
+def write(path: Path, encoder: EncoderWeights, target: str) -> None:
     """Write `encoder` for the framework `target`, one of FORMATS, whole or not at all.
 
     Raises:
@@ -86,7 +86,7 @@ def write(path: Path, encoder: Encoder, target: str) -> None:
         raise UsageError(f"a {encoder.arch} has no {target} form here; transfer/convert.py --to {names} has")
     weights = {form.rename(name): value.contiguous() for name, value in encoder.weights.items()}
     try:
-        checkpoint.write_whole(path, lambda file: form.write(file, weights, encoder.provenance | {"format": target}))
+        atomic_write(path, lambda file: form.write(file, weights, encoder.provenance | {"format": target}))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -97,7 +97,7 @@ def read_detectron2(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is missing, damaged, holds code, or has no such arrays.
     """
-    state = read_pickle(path, "converted")
+    state = load_arrays(path, "converted")
     model = state.get("model")
     if not isinstance(model, dict) or not all(isinstance(value, np.ndarray) for value in model.values()):
         raise UsageError(f"{path}: no detectron2 file; make one with transfer/detection/convert_pretrain_to_d2.py")

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.demo import render_scene
-from transfer.encoders import Encoder, converted_from, read_encoder, infer_arch
+from transfer.encoders import EncoderWeights, build_network, converted_from, infer_arch, read_encoder
 from transfer.formats import read_detectron2, torchvision_name
-from transfer.trained import build_network
 from utils import checkpoint
 from utils.batch import MEAN, STD
 from utils.checkpoint import Weights
@@ -78,7 +77,7 @@ def _read_converted(path: Path) -> tuple[Weights, dict[str, Any]]:
         arrays = {torchvision_name(name): torch.from_numpy(np.array(value)) for name, value in state["model"].items()}
         return arrays, converted_from(state)
     state = checkpoint.load(path, "converted")
-    _, weights = checkpoint.find_encoder(checkpoint.weights_in(state, str(path)))
+    _, weights = checkpoint.find_encoder(checkpoint.extract_weights(state, str(path)))
     return weights, converted_from(state)
 
 
@@ -105,7 +104,7 @@ def _normalize(pixels: Tensor, color_order: str | None, mean: list[float] | None
     return ((pixels.flip(1) if color_order == "BGR" else pixels) - center) / scale
 
 
-def _features(encoder: Encoder, pixels: Tensor) -> Tensor:
+def _features(encoder: EncoderWeights, pixels: Tensor) -> Tensor:
     facts = encoder.provenance
     return _own_network(encoder.arch, encoder.weights)(
         _normalize(pixels, facts["color_order"], facts["mean"], facts["std"])
@@ -123,7 +122,7 @@ def _first(weights: Weights) -> str:
     return "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
 
 
-def _diagnose(source: Path, encoder: Encoder, pixels: Tensor, found: Tensor) -> str:
+def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, found: Tensor) -> str:
     """What else of the source gives these features."""
     first = _first(encoder.weights)
     swapped = encoder.weights | {first: encoder.weights[first].flip(1)}
@@ -168,7 +167,7 @@ def _own_network(arch: str, weights: Weights) -> Network:
         vit: Any = timm.create_model(arch, num_classes=0)
         vit.load_state_dict(weights)
         return vit.eval().forward_features
-    return build_network(Encoder(weights, arch, {}))
+    return build_network(EncoderWeights(weights, arch, {}))
 
 
 def _timm_network(path: Path, arch: str) -> Network:

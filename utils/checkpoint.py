@@ -1,89 +1,47 @@
-"""Checkpoints: written whole or not at all, read without running code."""
+"""Read and write checkpoints, and find the parts of a model in them."""
 
 import argparse
-import errno
 import os
 import pickle
-import shutil
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
+from utils import safe_pickle
 from utils.errors import UsageError
+from utils.files import atomic_write
 
 Weights = dict[str, Tensor]
 
-_ENCODERS = {
+_ENCODER_PREFIXES = {
     "teacher": ("encoder_k.", "momentum_encoder."),
     "student": ("encoder_q.", "base_encoder."),
     "only": ("encoder.", "backbone."),
 }
-"""Where files keep an encoder: the names of SlotCon's and SlotFA's files, then those of GTSA's."""
+"""The prefixes of an encoder's tensors: those of SlotCon and SlotFA first, then those of GTSA."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """A checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        UsageError: the disk does not take it.
+        UsageError: the file cannot be written.
     """
     try:
-        write_whole(path, lambda file: torch.save(state, file))
+        atomic_write(path, lambda file: torch.save(state, file))
     except OSError as error:
-        reason = f"--output-dir: {path} cannot be written ({error.strerror}); earlier checkpoints are whole"
+        reason = f"--output-dir: {path} cannot be written ({error.strerror}); earlier checkpoints are intact"
         raise UsageError(reason) from None
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write` to a temporary name beside `path`, then rename, so that `path` is never half a file.
-
-    Raises:
-        OSError: the disk does not take it; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
-        raise OSError(errno.EIO, getattr(error, "strerror", None) or f"{free:.0f} MiB are free") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all.
-
-    Raises:
-        OSError: as `write_whole`.
-    """
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def point_to(link: Path, target: Path) -> None:
-    """Make `link` the same file as `target`: a hard link, or a copy where the disk has none."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(target, temporary)
-    except OSError:
-        shutil.copyfile(target, temporary)
-    temporary.replace(link)
-
-
 def load(path: Path | str, flag: str) -> dict[str, Any]:
-    """Any checkpoint as it was saved, on the CPU: tensors, numbers, dicts, and the released files' Namespace.
+    """Return a checkpoint as it was saved, on the CPU: tensors, numbers, dicts, and a released file's Namespace.
 
-    A `.safetensors` file gives its tensors, and beside them its metadata.
+    A `.safetensors` file gives its metadata and its tensors in one dict.
 
     Raises:
         UsageError: naming `flag`, if the file is missing, truncated, or holds code (none of which runs).
@@ -91,19 +49,14 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UsageError(f"{flag} {path}: {'is a folder' if Path(path).is_dir() else 'no such file'}")
     if not os.access(path, os.R_OK):
-        raise UsageError(f"{flag} {path}: may not be read; change its permissions")
+        raise UsageError(f"{flag} {path}: no permission to read it")
     try:
-        if Path(path).suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load_safetensors(path) if Path(path).suffix == ".safetensors" else safe_pickle.load_torch(path)
     except pickle.UnpicklingError:
         raise UsageError(
             f"{flag} {path}: refused, it holds more than tensors and numbers, or is no checkpoint"
         ) from None
-    except Exception:  # a damaged archive raises whatever its reader stumbles over
+    except Exception:  # a damaged file raises errors of many types
         raise UsageError(
             f"{flag} {path}: truncated or no checkpoint; use another, such as an earlier epoch's"
         ) from None
@@ -112,20 +65,28 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
     return dict(state)
 
 
+def _load_safetensors(path: Path | str) -> dict[str, Any]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+
+
 def load_weights(path: Path | str, flag: str = "--init") -> Weights:
-    """The weights in any checkpoint (ours, released, torchvision), flat, without the `module.` of DDP.
+    """Return the weights in any checkpoint (ours, released, torchvision's), flat, without DDP's prefix `module.`.
 
     Raises:
-        UsageError: as `load`, or if there are no tensors in it.
+        UsageError: as `load`, or if the file has no tensors.
     """
-    return weights_in(load(path, flag), f"{flag} {path}")
+    return extract_weights(load(path, flag), f"{flag} {path}")
 
 
-def weights_in(state: Mapping[str, Any], where: str) -> Weights:
-    """The weights in a loaded checkpoint: those under `model` or `state_dict` if it has such a part.
+def extract_weights(state: Mapping[str, Any], where: str) -> Weights:
+    """Return the tensors of a loaded checkpoint, of its entry `model` or `state_dict` where it has one.
+
+    Args:
+        where: the file, as messages name it.
 
     Raises:
-        UsageError: naming `where`, if there are no tensors in it.
+        UsageError: there are no tensors.
     """
     for container in ("model", "state_dict"):
         if isinstance(state.get(container), Mapping):
@@ -137,40 +98,63 @@ def weights_in(state: Mapping[str, Any], where: str) -> Weights:
     return weights
 
 
-def find_encoder(weights: Weights, first: str = "teacher") -> tuple[str, Weights]:
-    """The encoder in `weights`, without its prefix and without a classifier.
+def checkpoint_args(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the run that wrote a checkpoint, a dict or a released file's Namespace; {} if none."""
+    args = state.get("args")
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return {name: value for name, value in args.items() if isinstance(name, str)} if isinstance(args, Mapping) else {}
+
+
+def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weights]:
+    """Find an encoder in `weights`.
 
     Args:
-        first: which to take of a file that holds both, `teacher` or `student`.
+        prefer: which one to return of a file that has both, `teacher` or `student`.
 
     Returns:
-        Which it is, `teacher`, `student`, or `only` of a file that is one encoder, and its weights; both empty if
-        there is none.
+        Which one it is, `teacher`, `student`, or `only` where the file is a single encoder, and its weights without
+        their prefix and without a classifier; both are empty if there is none.
     """
     bare = "conv1.weight" in weights or "patch_embed.proj.weight" in weights
-    for which in sorted(_ENCODERS, key=lambda name: (name == "only", name != first)):
-        for prefix in (*_ENCODERS[which], *([""] if which == "only" and bare else [])):
+    for which in sorted(_ENCODER_PREFIXES, key=lambda name: (name == "only", name != prefer)):
+        for prefix in (*_ENCODER_PREFIXES[which], *([""] if which == "only" and bare else [])):
             part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             part = {name: value for name, value in part.items() if not name.startswith(("fc.", "head."))}
             if part:
-                return which, _with_counters(part)
+                return which, _add_batch_counters(part)
     return "", {}
 
 
-def _with_counters(part: Weights) -> Weights:
-    """`part` with the batch counters that batch norms in files of before torch 0.4 do not have."""
-    counters = [name.replace("running_mean", "num_batches_tracked") for name in part if name.endswith("running_mean")]
-    return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in part} | part
+def _add_batch_counters(weights: Weights) -> Weights:
+    """Add `num_batches_tracked` = 0 to batch norms without it, as files written before torch 0.4 have them."""
+    means = [name for name in weights if name.endswith("running_mean")]
+    counters = [name.replace("running_mean", "num_batches_tracked") for name in means]
+    return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in weights} | weights
 
 
-def initialize(method: nn.Module, path: Path | str) -> list[str]:
-    """Start `method` from the weights in `path`: whole parts where the file has them, the encoder at least.
+def first_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor | tuple[int, ...]]) -> str:
+    """Return the first difference in names and shapes as text; empty if there is none."""
+    for name in sorted(weights.keys() | expected.keys()):
+        if name not in weights:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} has no place in it"
+        shape, required = tuple(weights[name].shape), expected[name]
+        required = tuple(required.shape if isinstance(required, Tensor) else required)
+        if shape != required:
+            return f"{name} is {shape} and should be {required}"
+    return ""
 
-    An encoder alone (backbone-only, torchvision) goes to student and teacher. Prototypes and center of another
-    number K stay as they were initialized.
+
+def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
+    """Copy weights from `path` into `method`: the encoders, and every other part that the file has.
+
+    A single encoder (backbone-only, torchvision's) goes to student and teacher. Prototypes and center keep their
+    initial values where the file has another number K.
 
     Returns:
-        The names of the parts that were taken over.
+        The names of the parts that were copied.
 
     Raises:
         UsageError: the file has no encoder, or a part of it does not fit.
@@ -179,7 +163,7 @@ def initialize(method: nn.Module, path: Path | str) -> list[str]:
     taken = []
     for name, module in method.named_children():
         part = _find_part(weights, name)
-        if part and not _other_number(part, module):
+        if part and not _other_num_prototypes(part, module):
             load_strict(module, part, f"--init {path}: {name}")
             taken.append(name)
     if "encoder_q" not in taken:
@@ -193,25 +177,29 @@ def initialize(method: nn.Module, path: Path | str) -> list[str]:
 
 
 def _find_part(weights: Weights, name: str) -> Weights:
-    """The weights of part `name`, under its name or its twin's (`_q` and `_k`); an encoder wherever it is."""
+    """Return the weights of the part `name`, or of its counterpart (`_q` or `_k`) where the file has only that."""
     if name.startswith("encoder_"):
         return find_encoder(weights, "teacher" if name == "encoder_k" else "student")[1]
-    twin = name[:-2] + {"_q": "_k", "_k": "_q"}.get(name[-2:], name[-2:])
-    for prefix in (f"{name}.", f"{twin}."):
+    counterpart = name[:-2] + {"_q": "_k", "_k": "_q"}.get(name[-2:], name[-2:])
+    for prefix in (f"{name}.", f"{counterpart}."):
         part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if part:
             return part
     return {}
 
 
-def _other_number(part: Weights, module: nn.Module) -> bool:
-    """Whether `part` holds prototypes, and not as many as `module`."""
+def _other_num_prototypes(part: Weights, module: nn.Module) -> bool:
+    """Return whether `part` has prototypes, and not as many as `module`."""
     key = "slot_embed.weight"
     return key in part and len(part[key]) != len(module.state_dict()[key])
 
 
-def load_strict(module: nn.Module, weights: Weights, where: str) -> None:
-    """`module.load_state_dict(weights, strict=True)`, with the first first_mismatch as a one-line error."""
+def load_strict(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
+    """Call `module.load_state_dict(weights, strict=True)`.
+
+    Raises:
+        UsageError: a name or shape differs; it names `where` and the first difference.
+    """
     expected = module.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
@@ -221,6 +209,6 @@ def load_strict(module: nn.Module, weights: Weights, where: str) -> None:
         if not isinstance(weights[name], Tensor):
             raise UsageError(f"{where}: {name} is no tensor; is it a checkpoint?")
         if weights[name].shape != expected[name].shape:
-            there, here = tuple(weights[name].shape), tuple(expected[name].shape)
-            raise UsageError(f"{where}: {name} is {there} there and {here} here; pass the --arch and sizes it has")
+            shape, required = tuple(weights[name].shape), tuple(expected[name].shape)
+            raise UsageError(f"{where}: {name} is {shape} there and {required} here; pass the --arch and sizes it has")
     module.load_state_dict(weights, strict=True)

@@ -16,6 +16,7 @@ import torchvision
 
 from utils import checkpoint, distributed
 from utils.errors import UsageError
+from utils.files import link_or_copy
 from utils.run import Run
 
 # Arguments that say how to start, and those that do not change what a run learns.
@@ -95,7 +96,7 @@ def begin(run: Run) -> tuple[int, list[str]]:
             notes.append(f"--resume {args.resume} was not needed")
         return start, [f"going on after epoch {start // run.plan.steps_per_epoch} from {path}", *notes]
     if args.init:
-        taken = checkpoint.initialize(run.method, args.init)
+        taken = checkpoint.initialize_from(run.method, args.init)
         fresh = [name for name, part in run.method.named_children() if part.state_dict() and name not in taken]
         rest = f"; freshly initialized: {', '.join(fresh)}" if fresh else ""
         return start, [f"started from {args.init}: {', '.join(taken)}{rest}"]
@@ -115,7 +116,7 @@ def save(run: Run, step: int, epoch: int) -> None:
         "versions": versions(),
     }
     checkpoint.save(path, state)
-    checkpoint.point_to(path.with_name("current.pth"), path)
+    link_or_copy(path.with_name("current.pth"), path)
 
 
 def restore(run: Run, path: Path) -> tuple[int, list[str]]:

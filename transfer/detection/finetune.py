@@ -27,8 +27,8 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
 from transfer.detection import weights
-from utils import checkpoint
 from utils.errors import UsageError
+from utils.files import atomic_write_text
 
 CONFIG_GPUS = 8
 EVALUATORS = ("coco", "cityscapes_instance")
@@ -215,7 +215,7 @@ def shapes(cfg: CfgNode) -> dict[str, Tensor]:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """The metrics by task (`bbox`, `segm`), in percent, as JSON; null where there was nothing to measure."""
-    checkpoint.write_text(path, json.dumps(finite(results), indent=2) + "\n")
+    atomic_write_text(path, json.dumps(finite(results), indent=2) + "\n")
 
 
 def finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from transfer.pickles import read_pickle
+from utils.safe_pickle import load_arrays
 from utils import checkpoint
 from utils.errors import UsageError
 
@@ -81,7 +81,7 @@ def read(source: Source) -> Contents:
     """
     where = f"{source.flag} {source.path}"
     pickled = source.path.suffix == ".pkl"
-    state = read_pickle(source.path, source.flag) if pickled else checkpoint.load(source.path, source.flag)
+    state = load_arrays(source.path, source.flag) if pickled else checkpoint.load(source.path, source.flag)
     weights = next((state[name] for name in ("model", "state_dict", "blobs") if name in state), state)
     if not isinstance(weights, Mapping):
         raise UsageError(f"{where}: no weights in it")

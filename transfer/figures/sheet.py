@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from utils import checkpoint
 from utils.errors import UsageError
+from utils.files import atomic_write
 
 INK, PALE = "#222222", "#6b6b6b"
 _LARGEST = 16_000
@@ -73,7 +73,7 @@ def write(path: Path, content: bytes) -> None:
         UsageError: the disk does not take it.
     """
     try:
-        checkpoint.write_whole(path, lambda file: file.write(content))
+        atomic_write(path, lambda file: file.write(content))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 

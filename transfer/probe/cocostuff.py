@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import config, checkpoint, distributed
+from utils import config, distributed
 from utils.errors import UsageError
+from utils.files import atomic_write
 
 _VALUES = {
     "person": "0",
@@ -99,7 +100,7 @@ def prepare(maps: Path, out: Path) -> None:
             raise UsageError(f"{file}: no pixel map of COCO-Stuff (one channel, values 0 to 181 and 255)")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_whole(target, partial(Image.fromarray(table[values]).save, format="png"))
+            atomic_write(target, partial(Image.fromarray(table[values]).save, format="png"))
         except OSError as error:
             raise UsageError(f"{out}: cannot be written ({error.strerror}); use another folder") from None
     print(f"{len(files)} masks in {out}")

@@ -16,17 +16,18 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from models.backbones import ARCHITECTURES
-from transfer.encoders import Encoder, read_encoder
+from transfer.encoders import EncoderWeights, read_encoder
 from transfer.probe import features, labeled
 from transfer.probe.features import Features
 from transfer.probe.labeled import Labeled
 from transfer.probe.predict import Predict, label_maps
 from transfer.probe.scores import VOID, Score
-from transfer.trained import untrained
-from utils import config, checkpoint, distributed
+from transfer.encoders import untrained_encoder
+from utils import config, distributed
 from utils.config import at_least
 from utils.device import choose_device
 from utils.errors import UsageError
+from utils.files import atomic_write, atomic_write_text
 from utils.visualization import palette
 
 _PICTURED = 8
@@ -47,7 +48,7 @@ class Task:
         """Without names the masks tell how many there are, those of one split perhaps more than the other's."""
         return max(self.train.classes, self.val.classes, key=len)
 
-    def look(self, split: Labeled, network: nn.Module, encoder: Encoder, layer: str = "map") -> Features:
+    def look(self, split: Labeled, network: nn.Module, encoder: EncoderWeights, layer: str = "map") -> Features:
         """What `network`, made of `encoder`, sees of a split; `layer` says what it gives."""
         facts = {name: encoder.provenance[name] for name in ("encoder", "source_sha256")}
         facts |= {"layer": layer, "stride": self.args.output_stride}
@@ -68,7 +69,7 @@ class Result:
     """(clusters,): the class that each cluster stands for, -1 for none; None where `predict` is of classes."""
 
 
-Probe = Callable[[Task, Encoder], Result]
+Probe = Callable[[Task, EncoderWeights], Result]
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -110,10 +111,10 @@ def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     path = Path(args.checkpoint)
     source = args.checkpoint if args.checkpoint == "random" else f"{path.resolve().parent.name}_{path.stem}"
     args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
-    encoder = untrained(args.arch, args.seed) if args.checkpoint == "random" else read_encoder(path, args.encoder)
+    encoder = untrained_encoder(args.arch, args.seed) if args.checkpoint == "random" else read_encoder(path, args.encoder)
     _check_writable(args.out)
     task = Task(args, Labeled(args, "train"), Labeled(args, "val"), device)
-    encoders = {"checkpoint": encoder} | ({"untrained": untrained(encoder.arch, args.seed)} if args.baseline else {})
+    encoders = {"checkpoint": encoder} | ({"untrained": untrained_encoder(encoder.arch, args.seed)} if args.baseline else {})
     results = {which: probe(task, one) for which, one in encoders.items()}
     if distributed.is_main_process():
         _write(task, encoder, results)
@@ -126,7 +127,7 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(f"--out {folder}: cannot be made in {there}; use another folder")
 
 
-def _write(task: Task, encoder: Encoder, results: dict[str, Result]) -> None:
+def _write(task: Task, encoder: EncoderWeights, results: dict[str, Result]) -> None:
     """The table on the screen; `results.json`, `results.md` and `predictions.png` in --out."""
     out = task.args.out
     lines = [f"| {task.args.dataset} | measure | mIoU | pixel accuracy |", "| --- | --- | --- | --- |"]
@@ -142,10 +143,10 @@ def _write(task: Task, encoder: Encoder, results: dict[str, Result]) -> None:
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
-        checkpoint.write_text(out / "results.md", text)
+        atomic_write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
+        atomic_write_text(out / "results.md", text)
         picture = _picture(task, results)
-        checkpoint.write_whole(out / "predictions.png", partial(picture.save, format="png"))
+        atomic_write(out / "predictions.png", partial(picture.save, format="png"))
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
     print(f"{text}\nwritten to {out}: results.json, results.md, predictions.png", flush=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import Encoder
+from transfer.encoders import EncoderWeights
 from transfer.probe.command import Result, Task, make_parser, run
 from transfer.probe.neighbors import remember
 from transfer.probe.predict import count
 from transfer.probe.scores import score
-from transfer.trained import build_network
+from transfer.encoders import build_network
 from utils.config import at_least
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(parser.parse_args(argv), "knn", probe)
 
 
-def probe(task: Task, encoder: Encoder) -> Result:
+def probe(task: Task, encoder: EncoderWeights) -> Result:
     """Remember cells of one split, retrieve for the other."""
     args, classes = task.args, len(task.classes)
     network = build_network(encoder, args.output_stride)

@@ -13,12 +13,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import Encoder
+from transfer.encoders import EncoderWeights
 from transfer.probe.clusters import kmeans, nearest
 from transfer.probe.command import Result, Task, make_parser, run
 from transfer.probe.predict import count
 from transfer.probe.scores import majority, match, relabel, score
-from transfer.trained import Projections, TrainedSlots, build_network, load_slots, untrained_slots
+from transfer.encoders import build_network
+from transfer.trained_slots import Projections, TrainedSlots, load_slots, untrained_slots
 from utils.config import at_least
 from utils.errors import UsageError
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(args, "unsupervised", probe)
 
 
-def probe(task: Task, encoder: Encoder) -> Result:
+def probe(task: Task, encoder: EncoderWeights) -> Result:
     """Cluster, give the clusters classes, measure."""
     args, classes = task.args, len(task.classes)
     if args.clusters:
@@ -63,7 +64,7 @@ def probe(task: Task, encoder: Encoder) -> Result:
     return Result(scores, val, predict, one if len(centers) <= classes else many)
 
 
-def _slots(task: Task, encoder: Encoder) -> TrainedSlots:
+def _slots(task: Task, encoder: EncoderWeights) -> TrainedSlots:
     args = task.args
     if args.checkpoint == "random":
         raise UsageError("random: has no prototypes; cluster its features with --clusters")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils import config, distributed
-from utils.checkpoint import write_text
+from utils.files import atomic_write_text
 from utils.device import loader_workers
 from utils.errors import UsageError
 
@@ -149,4 +149,4 @@ def _spread(config: Any, processes: int) -> None:
 def write_results(path: Path, step: int, metrics: dict[str, float], pretrained: dict[str, Any]) -> None:
     """A JSON file: the step, metrics in per cent (null where undefined), and the encoder's origin."""
     values = {name: round(float(value), 4) if np.isfinite(value) else None for name, value in metrics.items()}
-    write_text(path, json.dumps({"step": step, "metrics": values, "pretrained": pretrained}, indent=2) + "\n")
+    atomic_write_text(path, json.dumps({"step": step, "metrics": values, "pretrained": pretrained}, indent=2) + "\n")

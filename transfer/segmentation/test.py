@@ -1,21 +1,17 @@
 """Evaluate a fine-tuned model with mmsegmentation: `mim_dist_test.sh CONFIG CHECKPOINT GPUS` calls this."""
 
 import argparse
-import pickle
 import sys
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import first_mismatch
 from transfer.segmentation import runs
-from utils import distributed
+from utils import checkpoint, distributed
 from utils.errors import UsageError
 
 
@@ -45,7 +41,7 @@ def evaluate(args: argparse.Namespace) -> None:
     state = read_fine_tuned(args.checkpoint)
     with torch.device("meta"):
         expected = MODELS.build(config.model).state_dict()
-    if first := first_mismatch(state["state_dict"], expected):
+    if first := checkpoint.first_mismatch(state["state_dict"], expected):
         raise UsageError(f"CHECKPOINT {args.checkpoint}: not a model of {args.config} ({first})")
     runs.launch(args)
     runner = Runner.from_cfg(config)
@@ -56,49 +52,17 @@ def evaluate(args: argparse.Namespace) -> None:
         runs.write_results(Path(runner.work_dir) / "test.json", state["meta"]["iter"], metrics, {})
 
 
-class _Inert:
-    """Stands in a checkpoint for what is neither tensor nor container, so that none of its code runs."""
-
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __call__(self, *_: Any, **__: Any) -> "_Inert":
-        return self
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors and containers alone."""
-
-    # Exact objects: looking a name up, as `Unpickler.find_class` does, follows its dots to any builtin.
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self._ALLOWED.get((module, name), _Inert)
-
-
 def read_fine_tuned(path: Path) -> dict[str, Any]:
-    """`state_dict` and `meta` of a checkpoint that mmengine wrote; its pickled loss histories are left out unread.
+    """Return a checkpoint that mmengine wrote during fine-tuning: `state_dict`, by the model's names, and `meta`.
 
     Raises:
-        UsageError: it is missing, damaged, or not mmengine's.
+        UsageError: it is missing, damaged, holds code (none of which runs), or is not mmengine's.
     """
-    if not path.is_file():
-        raise UsageError(f"CHECKPOINT {path}: no such file")
-    reader = SimpleNamespace(Unpickler=_Unpickler, load=lambda file, **_: _Unpickler(file).load(), __name__="inert")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
-    except Exception:  # a damaged archive raises whatever its reader stumbles over
-        raise UsageError(f"CHECKPOINT {path}: truncated or no checkpoint; use another") from None
-    if not isinstance(state, dict) or not {"state_dict", "meta"} <= state.keys():
+    state = checkpoint.load(path, "CHECKPOINT")
+    meta = state.get("meta")
+    if "state_dict" not in state or not isinstance(meta, Mapping) or not isinstance(meta.get("iter"), int):
         raise UsageError(f"CHECKPOINT {path}: not a checkpoint of a fine-tuning, such as iter_30000.pth")
-    return state
+    return {"state_dict": checkpoint.extract_weights(state, f"CHECKPOINT {path}"), "meta": meta}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import converted_from, first_mismatch
+from transfer.encoders import converted_from
+from utils.checkpoint import first_mismatch
 from transfer.segmentation import runs
 from utils import checkpoint, distributed
 from utils.checkpoint import Weights
@@ -76,7 +77,7 @@ def read_pretrained(path: Path, config: Any) -> tuple[Weights, dict[str, Any]]:
     if path.suffix == ".pkl":
         raise UsageError(f"PRETRAINED {path}: is made for detectron2; {_CONVERT}")
     state = checkpoint.load(path, "PRETRAINED")
-    weights = checkpoint.weights_in(state, f"PRETRAINED {path}")
+    weights = checkpoint.extract_weights(state, f"PRETRAINED {path}")
     if "conv1.weight" not in weights and checkpoint.find_encoder(weights)[0]:
         raise UsageError(f"PRETRAINED {path}: is not converted; {_CONVERT}")
     with torch.device("meta"):

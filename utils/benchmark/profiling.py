@@ -8,9 +8,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from utils import checkpoint
 from utils.benchmark.stepping import Stepper
 from utils.errors import UsageError
+from utils.files import atomic_write_text
 
 STEPS = 3
 SHOWN = 12
@@ -47,7 +47,7 @@ def profile(stepper: Stepper, folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         whole = [listing(operators, kind, _LISTED) for kind, operators in tables.items()]
-        checkpoint.write_text(folder / "table.txt", "\n\n".join([title, *whole]) + "\n")
+        atomic_write_text(folder / "table.txt", "\n\n".join([title, *whole]) + "\n")
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     except OSError as error:
         raise UsageError(f"--profile {folder}: cannot be written ({error.strerror})") from None

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoint, resume
+from utils import resume
 from utils.benchmark.table import Table
 from utils.errors import UsageError
+from utils.files import atomic_write_text
 
 FORMATS = (".md", ".json")
 
@@ -87,7 +88,7 @@ def publish(table: Table, about: dict[str, str], files: Sequence[Path]) -> None:
     for path in files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(path, content(table, about, path.suffix))
+            atomic_write_text(path, content(table, about, path.suffix))
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written ({error.strerror})") from None
 

@@ -1,76 +1,15 @@
-"""Trained models, ready to look at images: the encoder of any checkpoint, and the slots of those that have them."""
+"""Load the encoder, projector and prototypes of a trained method."""
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.backbones import build_encoder
 from models.grouping import Grouping
 from models.heads import MLP
-from transfer.encoders import Encoder, read_encoder
+from transfer.encoders import build_network, read_encoder
 from utils import checkpoint
 from utils.errors import UsageError
-
-
-def load_encoder(path: Path | str, which: str | None = None, output_stride: int = 32) -> nn.Module:
-    """The encoder of any checkpoint, frozen: normalized RGB images (B, 3, H, W) -> map (B, C, h, w).
-
-    Args:
-        which: `teacher` or `student`; None for the teacher where there are both.
-        output_stride: pixels to a cell of a ResNet, below 32 by dilation; a ViT's is its patch.
-
-    Raises:
-        UsageError: as `read_encoder`.
-    """
-    return build_network(read_encoder(path, which), output_stride)
-
-
-def build_network(encoder: Encoder, output_stride: int = 32) -> nn.Module:
-    """`encoder` as a frozen network in evaluation mode."""
-    if encoder.arch.startswith("vit"):
-        if output_stride != 32:
-            raise UsageError(f"--output-stride {output_stride}: a {encoder.arch}'s cell is its patch; leave it out")
-        network: nn.Module = _TokenMap(encoder)
-    else:
-        with torch.device("meta"):
-            network, _ = build_encoder(encoder.arch, output_stride)
-        network.load_state_dict(encoder.weights, assign=True)
-    return network.eval().requires_grad_(False)
-
-
-def untrained(arch: str, seed: int) -> Encoder:
-    """An encoder as pre-training starts with it: the baseline of every probe."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = _create_vit(arch) if arch.startswith("vit") else build_encoder(arch)[0]
-    fingerprint = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
-    facts = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": fingerprint}
-    return Encoder(network.state_dict(), arch, facts)
-
-
-def _create_vit(arch: str) -> Any:
-    try:
-        import timm
-    except ImportError:
-        raise UsageError(f"a {arch} needs timm; pip install timm") from None
-    return timm.create_model(arch, num_classes=0, dynamic_img_size=True)
-
-
-class _TokenMap(nn.Module):
-    """timm's ViT whose patch tokens are laid out as a map."""
-
-    def __init__(self, encoder: Encoder):
-        super().__init__()
-        self.vit = _create_vit(encoder.arch)
-        self.vit.load_state_dict(encoder.weights)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patch = self.vit.patch_embed.patch_size[0]
-        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-        return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
 
 
 class TrainedSlots(nn.Module):
