@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# SlotCon, SlotFA's three presets, and its first with smaller sigmas: the same photographs, budget and seeds, measured by the linear probe beside the
-# untrained encoder. The budget is a CPU's; more flags of main_pretrain.py replace it. Run again, it goes on.
-#   DATA=/data/coco OUT=output/compare SEEDS="0 1 2" ./scripts/compare.sh [more flags of main_pretrain.py]
-# DATA is COCO's layout with semantic27/ (transfer/probe/README.md).
+# Pre-train SlotCon, the three presets of SlotFA, and its first preset with smaller sigmas, on the same images and with the same
+# budget and seeds; then print one table of their linear probes and of those of the untrained encoders. The default budget suits a
+# CPU; additional flags of main_pretrain.py override it. A second call continues an interrupted one.
+#   DATA=/data/coco OUT=output/compare SEEDS="0 1 2" ./scripts/compare.sh [flags of main_pretrain.py]
+# DATA has COCO's layout with semantic27/ (transfer/probe/README.md).
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
 PATH="$ROOT/.venv/bin:$PATH"
 OUT="${OUT:-output/compare}" DATA="${DATA:-data}"
 
-one() {
-    local name=$1 run="$OUT/$1/seed_$2" seed=$2
+train_and_probe() {
+    local run="$OUT/$1/seed_$2" seed=$2
     shift 2
     if [ -e "$run/probe/results.json" ]; then return; fi
     python "$ROOT/main_pretrain.py" --dataset COCOplus --data-dir "$DATA" --image-size 96 --min-scale 0.2 \
@@ -23,16 +24,45 @@ one() {
 
 for seed in ${SEEDS:-0 1 2}; do
     METHOD=(--method slotcon)
-    one SlotCon "$seed" "$@"
+    train_and_probe SlotCon "$seed" "$@"
     METHOD=(--method slotfa)
-    one SlotFA_paper "$seed" "$@"
+    train_and_probe SlotFA_paper "$seed" "$@"
     METHOD=(--method slotfa --group-loss-weight 0.5 --fa-train-prototypes)
-    one SlotFA_contrast "$seed" "$@"
+    train_and_probe SlotFA_contrast "$seed" "$@"
     METHOD=(--method slotfa --no-fa-gradient)
-    one SlotFA_released "$seed" "$@"
+    train_and_probe SlotFA_released "$seed" "$@"
     for sigma in 0.5 0.1; do
         METHOD=(--method slotfa --fa-sigma-scale "$sigma" --fa-sigma-shift "$sigma")
-        one SlotFA_paper_sigma_$sigma "$seed" "$@"
+        train_and_probe SlotFA_paper_sigma_$sigma "$seed" "$@"
     done
 done
-python "$ROOT/transfer/probe/compare.py" "$OUT"
+
+python - "$OUT" <<'PYTHON'
+"""Print mean and sample standard deviation over the seeds of each run's linear probe."""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from tabulate import tabulate
+
+runs = defaultdict(list)
+for file in sorted(Path(sys.argv[1]).glob("*/seed_*/probe/results.json")):
+    runs[file.parts[-4].replace("_", " ")].append(json.loads(file.read_text())["results"])
+
+
+def spread(values):
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+rows = []
+for name, results in runs.items():
+    trained, untrained = ([result[key]["linear probe"] for result in results] for key in ("checkpoint", "untrained"))
+    metrics = [(trained, "miou"), (trained, "accuracy"), (untrained, "miou")]
+    rows.append([name, len(results), *(spread([scores[key] for scores in group]) for group, key in metrics)])
+headers = ["run", "seeds", "mIoU", "pixel accuracy", "mIoU of the untrained encoder"]
+print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+PYTHON

@@ -1,9 +1,9 @@
-"""COCO-Stuff's 27 coarse classes, and their masks out of its pixel maps.
+"""The 27 coarse classes of COCO-Stuff, and a command that makes masks of them from its pixel maps.
 
-    python -m transfer.probe.cocostuff STUFFTHINGMAPS OUT      # or: python transfer/probe/cocostuff.py ...
+    python transfer/probe/cocostuff.py STUFFTHINGMAPS OUT
 
-STUFFTHINGMAPS holds `train2017/*.png` and `val2017/*.png` with values category - 1 (0..181) and 255 for unlabeled;
-OUT gets the same names with values 0..26 and 255.
+STUFFTHINGMAPS holds `train2017/*.png` and `val2017/*.png` with the values category - 1 (0..181) and 255 for unlabeled;
+OUT receives files of the same names with the values 0..26 and 255.
 """
 
 import sys
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import config, distributed
+from utils.config import make_parser
+from utils.distributed import exit_with_error
 from utils.errors import UsageError
-from utils.files import atomic_write
+from utils.files import atomic_write, check_writable
 
-_VALUES = {
+_CLASS_VALUES = {
     "person": "0",
     "vehicle": "1-8",
     "outdoor": "9-14",
@@ -51,59 +52,65 @@ _VALUES = {
     "sky": "105 156",
     "solid": "126 134 149 159 161 181",
 }
-"""The values of the pixel maps that belong to each super-category: 12 of things, 15 of stuff."""
+"""The values of the pixel maps that belong to each coarse class: 12 classes of things, then 15 of stuff."""
 
-CLASSES = tuple(_VALUES)
+CLASSES = tuple(_CLASS_VALUES)
 
 
-def coarse_classes() -> NDArray[np.uint8]:
-    """(256,): the class 0..26 of each value of the pixel maps, 255 for those of none."""
+def coarse_class_table() -> NDArray[np.uint8]:
+    """Return the coarse class (0..26) of each of the 256 values of a pixel map; 255 for values without a class."""
     table = np.full(256, 255, dtype=np.uint8)
-    for label, values in enumerate(_VALUES.values()):
-        for part in values.split():
-            first, _, last = part.partition("-")
+    for label, ranges in enumerate(_CLASS_VALUES.values()):
+        for text in ranges.split():
+            first, _, last = text.partition("-")
             table[int(first) : int(last or first) + 1] = label
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command: mistakes of the user end in one line and exit status 2."""
-    parser = config.make_parser("Make masks of COCO-Stuff's 27 coarse classes out of its pixel maps.")
-    parser.add_argument("maps", metavar="STUFFTHINGMAPS", type=Path, help="holds train2017 and val2017, or one of them")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the masks' folder, such as COCO/semantic27")
+    """Run the command; a usage error is printed in one line and ends with exit status 2."""
+    parser = make_parser("Make masks of COCO-Stuff's 27 coarse classes from its pixel maps.")
+    parser.add_argument("maps", metavar="STUFFTHINGMAPS", type=Path, help="folder with train2017, val2017 or both")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the masks, such as COCO/semantic27")
     args = parser.parse_args(argv)
     try:
-        prepare(args.maps, args.out)
+        make_masks(args.maps, args.out)
     except UsageError as error:
-        distributed.exit_with_error(str(error))
+        exit_with_error(str(error))
 
 
-def prepare(maps: Path, out: Path) -> None:
-    """Write the masks that are not there yet.
+def make_masks(maps: Path, out: Path) -> None:
+    """Write the coarse mask of every pixel map; masks that exist already are kept.
 
     Raises:
-        UsageError: there are no pixel maps, or one cannot be read or has other values.
+        UsageError: there are no pixel maps, one cannot be read or holds other values, or `out` is not writable.
     """
     files = sorted(maps.glob("*2017/*.png"))
     if not files:
-        raise UsageError(f"{maps}: no pixel maps in it; train2017/*.png or val2017/*.png are looked for")
-    table = coarse_classes()
+        raise UsageError(f"{maps}: no pixel maps (train2017/*.png or val2017/*.png) in it")
+    check_writable("OUT", out, overwrite=True, folder=True)
+    table = coarse_class_table()
     for file in tqdm(files, unit="mask", disable=not sys.stderr.isatty()):
         target = out / file.parent.name / file.name
         if target.exists():
             continue
-        try:
-            values = np.array(Image.open(file))
-        except OSError as error:
-            raise UsageError(f"{file}: cannot be read ({error})") from None
-        if values.ndim != 2 or values.dtype != np.uint8 or ((values > 181) & (values < 255)).any():
-            raise UsageError(f"{file}: no pixel map of COCO-Stuff (one channel, values 0 to 181 and 255)")
+        mask = Image.fromarray(table[_read_pixel_map(file)])
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(target, partial(Image.fromarray(table[values]).save, format="png"))
+            atomic_write(target, partial(mask.save, format="png"))
         except OSError as error:
-            raise UsageError(f"{out}: cannot be written ({error.strerror}); use another folder") from None
+            raise UsageError(f"OUT {out}: cannot be written ({error.strerror}); use another folder") from None
     print(f"{len(files)} masks in {out}")
+
+
+def _read_pixel_map(file: Path) -> NDArray[np.uint8]:
+    try:
+        values = np.array(Image.open(file))
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error})") from None
+    if values.ndim != 2 or values.dtype != np.uint8 or ((values > 181) & (values < 255)).any():
+        raise UsageError(f"{file}: not a pixel map of COCO-Stuff (one channel, values 0 to 181 and 255)")
+    return values
 
 
 if __name__ == "__main__":

@@ -1,36 +1,104 @@
-"""How much a linear classifier reads off a frozen encoder's map: mIoU and pixel accuracy on labeled images."""
+"""Linear probe: train a 1x1 convolution on a frozen encoder's feature map; report mIoU and pixel accuracy."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import EncoderWeights
-from transfer.probe.command import Result, Task, make_parser, run
-from transfer.probe.linear import fit
-from transfer.probe.predict import count
-from transfer.probe.scores import score
-from transfer.encoders import build_network
+from transfer.encoders import EncoderWeights, build_network
+from transfer.probe.labeled_features import LabeledFeatures
+from transfer.probe.segmentation_probe import ProbeResult, ProbeRun, compute_scores, dataset_confusion, make_parser, run
 from utils.config import at_least
+
+_BATCH_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """Standardize each channel, then apply a 1x1 convolution."""
+
+    mean: Tensor
+    """(C,)."""
+    scale: Tensor
+    """(C,): one over the standard deviation."""
+    weight: Tensor
+    """(classes, C)."""
+    bias: Tensor
+    """(classes,)."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Map the features of one image (C, h, w) to logits (classes, h, w)."""
+        cells = (features.to(self.mean.device).flatten(1).T - self.mean) * self.scale
+        return F.linear(cells, self.weight, self.bias).T.unflatten(1, features.shape[1:])
+
+
+def fit_linear(
+    features: LabeledFeatures, num_classes: int, steps: int, lr: float, seed: int, device: torch.device
+) -> LinearClassifier:
+    """Train with AdamW and a cosine schedule to zero; the channels are standardized over the training cells.
+
+    The target of a cell is the share of each class among its pixels. The loss is therefore the cross-entropy over all
+    pixels that are not void, of logits that are constant within a cell.
+    """
+    shares = torch.from_numpy(features.class_shares(num_classes)).flatten(0, 2)
+    mean, scale = (moment.to(device) for moment in _channel_moments(features))
+    weight = torch.zeros(num_classes, len(mean), device=device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng = np.random.default_rng(seed)
+    labeled_cells = np.flatnonzero(shares.sum(dim=1).numpy())
+    for _ in range(steps):
+        indices = np.sort(rng.choice(labeled_cells, min(_BATCH_CELLS, len(labeled_cells)), replace=False))
+        logits = F.linear((features.cells(indices).to(device) - mean) * scale, weight, bias)
+        target = shares[indices].to(device)
+        loss = -(target * logits.log_softmax(dim=1)).sum() / target.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return LinearClassifier(mean, scale, weight.detach(), bias.detach())
+
+
+def _channel_moments(features: LabeledFeatures) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse standard deviation (C,) of each channel; the latter is 0 for a constant channel."""
+    channels = features.maps.shape[3]
+    total, total_squares, count = np.zeros(channels), np.zeros(channels), 0
+    for feature_map in features.maps:
+        cells = np.asarray(feature_map, dtype=np.float64).reshape(-1, channels)
+        total, total_squares = total + cells.sum(axis=0), total_squares + (cells**2).sum(axis=0)
+        count += len(cells)
+    mean = total / count
+    variance = np.maximum(total_squares / count - mean**2, 0)
+    scale = np.where(variance > 1e-12 * mean**2, 1 / np.sqrt(variance + 1e-12), 0)
+    return torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = make_parser("Linear segmentation probe on a frozen encoder.")
     group = parser.add_argument_group("probe")
-    group.add_argument("--steps", type=at_least(1), default=2000, help="of 1024 cells each")
-    group.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="of AdamW, with a cosine to zero")
+    group.add_argument("--steps", type=at_least(1), default=2000, help=f"training steps, each of {_BATCH_CELLS} cells")
+    group.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="AdamW's learning rate, cosine to zero")
     run(parser.parse_args(argv), "linear", probe)
 
 
-def probe(task: Task, encoder: EncoderWeights) -> Result:
-    """Train on one split, measure on the other."""
-    args, classes = task.args, len(task.classes)
+def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
+    """Train on the training split, evaluate on the validation split."""
+    args, num_classes = probe_run.args, len(probe_run.classes)
     network = build_network(encoder, args.output_stride)
-    train, val = (task.look(split, network, encoder) for split in (task.train, task.val))
-    linear = fit(train, classes, args.steps, args.lr, args.seed, task.device)
-    return Result({"linear probe": score(count(val, linear, classes, classes))}, val, linear)
+    train, val = (probe_run.extract(split, network, encoder) for split in (probe_run.train, probe_run.val))
+    classifier = fit_linear(train, num_classes, args.steps, args.lr, args.seed, probe_run.device)
+    return ProbeResult(
+        {"linear probe": compute_scores(dataset_confusion(val, classifier, num_classes))}, val, classifier
+    )
 
 
 if __name__ == "__main__":

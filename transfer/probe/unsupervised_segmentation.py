@@ -1,7 +1,8 @@
-"""Do clusters that were found without labels coincide with classes: prototypes, or k-means on an encoder's features.
+"""Unsupervised segmentation: match clusters that were found without labels to classes.
 
-Clusters are given classes by the validation labels, over the whole set: one to one by the Hungarian algorithm, and many
-to one by majority (over-clustering, another number). Clusters that the former leaves over are wrong wherever they win.
+The clusters are a model's prototypes, or k-means clusters of an encoder's features. The labels of the whole validation
+set assign classes to them: one to one by the Hungarian algorithm, and many to one by majority. With the former, all
+pixels of a cluster without a class are wrong.
 """
 
 import sys
@@ -10,64 +11,122 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import EncoderWeights
-from transfer.probe.clusters import kmeans, nearest
-from transfer.probe.command import Result, Task, make_parser, run
-from transfer.probe.predict import count
-from transfer.probe.scores import majority, match, relabel, score
-from transfer.encoders import build_network
+from transfer.encoders import EncoderWeights, build_network
+from transfer.probe.labeled_features import LabeledFeatures
+from transfer.probe.segmentation_probe import ProbeResult, ProbeRun, compute_scores, dataset_confusion, make_parser, run
 from transfer.trained_slots import Projections, TrainedSlots, load_slots, untrained_slots
 from utils.config import at_least
 from utils.errors import UsageError
 
-_PRESETS = {"coco-stuff-27": {"clusters": 27}}
-"""arXiv 2103.17070 (PiCIE): 320 px, center square, 27 clusters one to one."""
+_KMEANS_CELLS = 1_000_000
+"""The largest number of cells that k-means is fit to."""
+_DEFAULT_CLUSTERS = {"coco-stuff-27": 27}
+"""PiCIE's protocol, arXiv 2103.17070: 27 clusters, one to one."""
+
+
+def cosine_similarity(centers: Tensor, features: Tensor) -> Tensor:
+    """Return the cosine of every center with every cell: (K, C) and (C, h, w) -> (K, h, w)."""
+    return torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), F.normalize(features.to(centers.device), dim=0))
+
+
+def fit_kmeans(features: LabeledFeatures, clusters: int, seed: int) -> Tensor:
+    """Return the centers (clusters, C), of length 1, of mini-batch k-means on normalized cells."""
+    num_cells = int(np.prod(features.maps.shape[:3]))
+    rng = np.random.default_rng(seed)
+    indices = np.sort(rng.choice(num_cells, min(num_cells, _KMEANS_CELLS), replace=False))
+    cells = F.normalize(features.cells(indices), dim=1).numpy()
+    kmeans = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=4096).fit(cells)
+    return F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=1)
+
+
+def match_one_to_one(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Assign classes to clusters by the Hungarian algorithm, which maximizes the number of correct pixels.
+
+    Args:
+        confusion: (classes, clusters), of the whole set.
+
+    Returns:
+        (clusters,), -1 for a cluster without a class.
+    """
+    classes, clusters = linear_sum_assignment(confusion, maximize=True)
+    cluster_classes = np.full(confusion.shape[1], -1, dtype=np.int64)
+    cluster_classes[clusters] = classes
+    return cluster_classes
+
+
+def match_majority(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Assign to each cluster the class of most of its pixels: (classes, clusters) -> (clusters,), -1 if it has none."""
+    return np.where(confusion.sum(axis=0) > 0, confusion.argmax(axis=0), -1)
+
+
+def merge_clusters(confusion: NDArray[np.int64], cluster_classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum the columns (classes, clusters) by assigned class: (classes, classes + 1), the last one for no class."""
+    merged = np.zeros((len(confusion), len(confusion) + 1), dtype=np.int64)
+    np.add.at(merged.T, cluster_classes, confusion.T)  # index -1 is the last column
+    return merged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = make_parser("Match clusters found without labels to classes.")
     group = parser.add_argument_group("probe").add_mutually_exclusive_group()
-    said = "k-means with so many, on the encoder's map (27 on coco-stuff-27; else CKPT's prototypes)"
-    group.add_argument("--clusters", type=at_least(1), help=said)
-    group.add_argument("--prototypes", action="store_true", help="CKPT's prototypes on coco-stuff-27, too")
+    group.add_argument(
+        "--clusters",
+        type=at_least(1),
+        help="k-means clusters on the encoder's map (27 on coco-stuff-27, else CKPT's prototypes)",
+    )
+    group.add_argument("--prototypes", action="store_true", help="use CKPT's prototypes on coco-stuff-27, too")
     args = parser.parse_args(argv)
     if args.clusters is None and not args.prototypes:
-        args.clusters = _PRESETS.get(args.dataset, {}).get("clusters")
+        args.clusters = _DEFAULT_CLUSTERS.get(args.dataset)
     run(args, "unsupervised", probe)
 
 
-def probe(task: Task, encoder: EncoderWeights) -> Result:
-    """Cluster, give the clusters classes, measure."""
-    args, classes = task.args, len(task.classes)
-    if args.clusters:
-        network = build_network(encoder, args.output_stride)
-        train, val = (task.look(split, network, encoder) for split in (task.train, task.val))
-        if args.clusters > (cells := int(np.prod(train.maps.shape[:3]))):
-            raise UsageError(f"--clusters {args.clusters}: more than the {cells} cells of the training images")
-        centers = kmeans(train, args.clusters, args.seed).to(task.device)
-    else:
-        slots = _slots(task, encoder)
-        sizes = [tuple(value.shape) for value in slots.projector.state_dict().values()]
-        val = task.look(task.val, Projections(slots), encoder, f"projections {sizes}")
-        centers = slots.prototypes.detach().to(task.device)
-    predict = partial(nearest, centers)
-    counts = count(val, predict, classes, len(centers))
-    one, many = match(counts), majority(counts)
+def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
+    """Cluster, match the clusters to classes, and evaluate both on the validation split."""
+    num_classes = len(probe_run.classes)
+    centers, val = (_kmeans if probe_run.args.clusters else _prototypes)(probe_run, encoder)
+    predictor = partial(cosine_similarity, centers.to(probe_run.device))
+    confusion = dataset_confusion(val, predictor, num_classes, len(centers))
+    one_to_one, majority = match_one_to_one(confusion), match_majority(confusion)
     scores = {
-        "Hungarian, one to one": score(relabel(counts, one)),
-        "majority, many to one": score(relabel(counts, many)),
+        "Hungarian, one to one": compute_scores(merge_clusters(confusion, one_to_one)),
+        "majority, many to one": compute_scores(merge_clusters(confusion, majority)),
     }
-    return Result(scores, val, predict, one if len(centers) <= classes else many)
+    return ProbeResult(scores, val, predictor, one_to_one if len(centers) <= num_classes else majority)
 
 
-def _slots(task: Task, encoder: EncoderWeights) -> TrainedSlots:
-    args = task.args
+def _kmeans(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, LabeledFeatures]:
+    """Return k-means centers of the training features, and the validation features."""
+    args = probe_run.args
+    network = build_network(encoder, args.output_stride)
+    train, val = (probe_run.extract(split, network, encoder) for split in (probe_run.train, probe_run.val))
+    if args.clusters > (num_cells := int(np.prod(train.maps.shape[:3]))):
+        raise UsageError(f"--clusters {args.clusters}: more than the {num_cells} cells of the training images")
+    return fit_kmeans(train, args.clusters, args.seed), val
+
+
+def _prototypes(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, LabeledFeatures]:
+    """Return the prototypes, and the projected validation features."""
+    slots = _load_slots(probe_run, encoder)
+    # An untrained projector of other sizes is another network, which the encoder's hash does not show.
+    shapes = [tuple(value.shape) for value in slots.projector.state_dict().values()]
+    return slots.prototypes, probe_run.extract(probe_run.val, Projections(slots), encoder, f"projections {shapes}")
+
+
+def _load_slots(probe_run: ProbeRun, encoder: EncoderWeights) -> TrainedSlots:
+    args = probe_run.args
     if args.checkpoint == "random":
-        raise UsageError("random: has no prototypes; cluster its features with --clusters")
+        raise UsageError("random: has no prototypes; use --clusters for k-means on its features")
     slots = load_slots(args.checkpoint, args.encoder, args.output_stride)
     if encoder.provenance["encoder"] == "untrained":
         return untrained_slots(slots, build_network(encoder, args.output_stride), args.seed)

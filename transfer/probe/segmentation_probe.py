@@ -1,0 +1,262 @@
+"""What the segmentation probes share: metrics, the command line, and the results that a probe writes."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from tabulate import tabulate
+from torch import Tensor
+
+from models import backbones
+from transfer.encoders import EncoderWeights, read_encoder, untrained_encoder
+from transfer.probe.labeled_features import LAYOUTS, VOID, LabeledFeatures, SegmentationDataset, extract_features
+from utils import config, distributed
+from utils.config import at_least
+from utils.device import choose_device
+from utils.errors import UsageError
+from utils.files import atomic_write, atomic_write_text, check_writable
+from utils.visualization import palette
+
+Predictor = Callable[[Tensor], Tensor]
+"""The features of one image (C, h, w) -> a score for each class or cluster (n, h, w)."""
+
+_IMAGES_SHOWN = 8
+_CAPTION_WIDTH = 110
+
+
+# Metrics
+
+
+def predict_labels(scores: Tensor, size: int) -> NDArray[np.int64]:
+    """Resize scores (n, h, w) bilinearly and return the index of the largest one at every pixel, (size, size)."""
+    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0).cpu().numpy()
+
+
+def predicted_label_maps(features: LabeledFeatures, predictor: Predictor) -> Iterator[NDArray[np.int64]]:
+    """Predict a label for every labeled pixel, one image at a time."""
+    for feature_map in features.maps:
+        channels_first = torch.from_numpy(np.array(feature_map)).float().permute(2, 0, 1)
+        yield predict_labels(predictor(channels_first), features.labels.shape[1])
+
+
+def confusion_matrix(
+    labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int, num_outputs: int
+) -> NDArray[np.int64]:
+    """Count the pixels of class i that were predicted as j: (num_classes, num_outputs). Void pixels do not count.
+
+    Args:
+        labels: classes 0 .. num_classes - 1 and VOID, any shape.
+        predictions: classes or clusters 0 .. num_outputs - 1, the same shape.
+    """
+    valid = labels != VOID
+    bins = labels[valid].astype(np.int64) * num_outputs + predictions[valid]
+    return np.bincount(bins, minlength=num_classes * num_outputs).reshape(num_classes, num_outputs)
+
+
+def dataset_confusion(
+    features: LabeledFeatures, predictor: Predictor, num_classes: int, num_outputs: int | None = None
+) -> NDArray[np.int64]:
+    """Sum the confusion matrices of all images; `num_outputs` of the predictor defaults to the number of classes."""
+    outputs = num_outputs or num_classes
+    total = np.zeros((num_classes, outputs), dtype=np.int64)
+    for labels, predictions in zip(features.labels, predicted_label_maps(features, predictor)):
+        total += confusion_matrix(labels, predictions, num_classes, outputs)
+    return total
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Metrics in percent."""
+
+    miou: float
+    """Mean over the classes that occur in the labels or the predictions."""
+    accuracy: float
+    """Share of the pixels that are predicted correctly."""
+    iou: tuple[float, ...]
+    """Of each class; NaN for a class that occurs in neither labels nor predictions."""
+
+
+def compute_scores(confusion: NDArray[np.int64]) -> SegmentationScores:
+    """Compute mIoU and pixel accuracy from a confusion matrix (classes, classes or more).
+
+    Columns beyond the classes are pixels without a predicted class: wrong, but false positives of no class.
+    """
+    classes = len(confusion)
+    correct = np.diagonal(confusion).astype(np.float64)
+    union = confusion.sum(axis=1) + confusion[:, :classes].sum(axis=0) - correct
+    iou = np.divide(100 * correct, union, out=np.full(classes, np.nan), where=union > 0)
+    total = confusion.sum()
+    accuracy = 100 * correct.sum() / total if total else np.nan
+    miou = float(np.nanmean(iou)) if (union > 0).any() else float("nan")
+    return SegmentationScores(miou, float(accuracy), tuple(iou.tolist()))
+
+
+# Command line
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """The arguments, the data set and the device of one call of a probe's command."""
+
+    args: argparse.Namespace
+    train: SegmentationDataset
+    val: SegmentationDataset
+    device: torch.device
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; where the masks determine their number, the splits may differ."""
+        return max(self.train.classes, self.val.classes, key=len)
+
+    def extract(
+        self, dataset: SegmentationDataset, network: torch.nn.Module, encoder: EncoderWeights, layer: str = "map"
+    ) -> LabeledFeatures:
+        """Extract the features of a split by `network`, which was built from `encoder`; `layer` names its output."""
+        args = self.args
+        metadata = {name: encoder.provenance[name] for name in ("encoder", "source_sha256")}
+        metadata |= {"layer": layer, "stride": args.output_stride}
+        network = network.to(self.device)
+        return extract_features(network, dataset, args.cache, metadata, self.device, args.batch_size, args.num_workers)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The result of a probe of one encoder."""
+
+    scores: dict[str, SegmentationScores]
+    """By the name of the evaluation protocol."""
+    features: LabeledFeatures
+    """Of the validation images."""
+    predictor: Predictor
+    cluster_classes: NDArray[np.int64] | None = None
+    """(clusters,): the class of each cluster, -1 for none; None if the predictor's outputs are classes."""
+
+
+Probe = Callable[[ProbeRun, EncoderWeights], ProbeResult]
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all probes have."""
+    parser = config.make_parser(description)
+    parser.add_argument("checkpoint", metavar="CKPT", help="any file that transfer/convert.py reads, or `random` for an untrained --arch")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of --data-dir")
+    group.add_argument("--data-dir", type=Path, required=True, help="data set, in a layout of transfer/probe/README.md")
+    group.add_argument("--size", type=at_least(1), default=320, help="short side in pixels, then center square")
+    group.add_argument("--train-images", type=at_least(1), help="number of training images to use (all)")
+    group.add_argument("--val-images", type=at_least(1), help="number of validation images to use (all)")
+    group.add_argument("--val-list", type=Path, help="file with names of validation images, one a line (all)")
+    group = parser.add_argument_group("encoder")
+    group.add_argument(
+        "--encoder", choices=("teacher", "student"), help="which encoder of CKPT (the teacher, if there are two)"
+    )
+    backbones.add_arguments(group)
+    group.add_argument("--baseline", choices=("random",), help="also run the same encoder with random weights")
+    group = parser.add_argument_group("features")
+    group.add_argument("--cache", type=Path, default=Path("output/features"), help="folder for cached features")
+    group.add_argument("--batch-size", type=at_least(1), default=16, help="images a batch and GPU")
+    group.add_argument("--num-workers", type=at_least(0), default=8, help="data loading processes for each GPU")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="folder of the results (output/probe/PROBE_DATASET_CKPT)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="random seed")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device to compute on")
+    return parser
+
+
+def run(args: argparse.Namespace, name: str, probe: Probe) -> None:
+    """Run `probe` on the checkpoint and its baseline; a usage error is printed in one line, with exit status 2."""
+    try:
+        _run(args, name, probe)
+    except UsageError as error:
+        distributed.exit_with_error(str(error))
+    except KeyboardInterrupt:
+        distributed.exit_with_error("interrupted; completed features stay in --cache", status=130)
+    distributed.shutdown()
+
+
+def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
+    args.amp = "off"
+    device = choose_device(args)
+    distributed.initialize(device)
+    torch.manual_seed(args.seed)
+    random, path = args.checkpoint == "random", Path(args.checkpoint)
+    source = "random" if random else f"{path.resolve().parent.name}_{path.stem}"
+    args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
+    encoder = untrained_encoder(args.arch, args.seed) if random else read_encoder(path, args.encoder)
+    check_writable("--out", args.out, overwrite=True, folder=True)
+    train = SegmentationDataset(args.dataset, args.data_dir, "train", args.size, args.train_images)
+    val = SegmentationDataset(args.dataset, args.data_dir, "val", args.size, args.val_images, args.val_list)
+    probe_run = ProbeRun(args, train, val, device)
+    encoders = {"checkpoint": encoder}
+    if args.baseline:
+        encoders["untrained"] = untrained_encoder(encoder.arch, args.seed)
+    results = {key: probe(probe_run, weights) for key, weights in encoders.items()}
+    if distributed.is_main_process():
+        _write_results(probe_run, encoder, results)
+
+
+# Results
+
+
+def _write_results(probe_run: ProbeRun, encoder: EncoderWeights, results: dict[str, ProbeResult]) -> None:
+    """Print the table of scores; write `results.json`, `results.md` and `predictions.png` to --out."""
+    args, out = probe_run.args, probe_run.args.out
+    rows = [
+        (name, protocol, scores.miou, scores.accuracy)
+        for name, result in results.items()
+        for protocol, scores in result.scores.items()
+    ]
+    table = tabulate(rows, (args.dataset, "measure", "mIoU", "pixel accuracy"), tablefmt="github", floatfmt=".2f")
+    content = {
+        "checkpoint": encoder.provenance,
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "images": {"train": len(probe_run.train), "val": len(probe_run.val)},
+        "results": {
+            name: {protocol: _as_json(scores, probe_run.classes) for protocol, scores in result.scores.items()}
+            for name, result in results.items()
+        },
+    }
+    figure = _draw_predictions(probe_run, results)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
+        atomic_write_text(out / "results.md", table + "\n")
+        atomic_write(out / "predictions.png", partial(figure.save, format="png"))
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"{table}\n\nwritten to {out}: results.json, results.md, predictions.png", flush=True)
+
+
+def _as_json(scores: SegmentationScores, classes: tuple[str, ...]) -> dict[str, Any]:
+    iou = {name: None if np.isnan(value) else value for name, value in zip(classes, scores.iou)}
+    return asdict(scores) | {"iou": iou}
+
+
+def _draw_predictions(probe_run: ProbeRun, results: dict[str, ProbeResult]) -> Image.Image:
+    """Draw the first validation images, their labels and each encoder's predictions, a row each; void is black."""
+    count = min(_IMAGES_SHOWN, len(probe_run.val))
+    colors = np.zeros((VOID + 1, 3), dtype=np.uint8)
+    colors[: len(probe_run.classes)] = (palette(len(probe_run.classes)) * 255).byte().numpy()
+    rows = {"image": [probe_run.val[number][0].permute(1, 2, 0).numpy() for number in range(count)]}
+    for name, result in results.items():
+        features = LabeledFeatures(result.features.maps[:count], result.features.labels[:count])
+        rows["labels"] = [colors[labels] for labels in features.labels]
+        classes = np.arange(VOID + 1) if result.cluster_classes is None else result.cluster_classes
+        output_colors = colors[np.where(classes < 0, VOID, classes)]
+        rows[name] = [output_colors[labels] for labels in predicted_label_maps(features, result.predictor)]
+    pixels = np.concatenate([np.concatenate(row, axis=1) for row in rows.values()])
+    figure = Image.new("RGB", (pixels.shape[1] + _CAPTION_WIDTH, pixels.shape[0]), "white")
+    figure.paste(Image.fromarray(pixels), (_CAPTION_WIDTH, 0))
+    draw = ImageDraw.Draw(figure)
+    for number, caption in enumerate(rows):
+        draw.text((8, (number + 0.5) * pixels.shape[0] / len(rows)), caption, "black", font_size=18, anchor="lm")
+    return figure
