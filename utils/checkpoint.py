@@ -1,6 +1,5 @@
 """Read and write checkpoints, and find the parts of a model in them."""
 
-import argparse
 import os
 import pickle
 from collections.abc import Mapping
@@ -39,9 +38,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path | str, flag: str) -> dict[str, Any]:
-    """Return a checkpoint as it was saved, on the CPU: tensors, numbers, dicts, and a released file's Namespace.
+    """Return a checkpoint, on the CPU: tensors, numbers and strings in dicts, lists and tuples.
 
-    A `.safetensors` file gives its metadata and its tensors in one dict.
+    A released file's `argparse.Namespace` becomes a dict; a `.safetensors` file gives its metadata and its tensors in
+    one dict.
 
     Raises:
         UsageError: naming `flag`, if the file is missing, truncated, or holds code (none of which runs).
@@ -60,9 +60,9 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
         raise UsageError(
             f"{flag} {path}: truncated or no checkpoint; use another, such as an earlier epoch's"
         ) from None
-    if not isinstance(state, Mapping):
+    if not isinstance(state, dict):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint")
-    return dict(state)
+    return state
 
 
 def _load_safetensors(path: Path | str) -> dict[str, Any]:
@@ -99,10 +99,8 @@ def extract_weights(state: Mapping[str, Any], where: str) -> Weights:
 
 
 def checkpoint_args(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the run that wrote a checkpoint, a dict or a released file's Namespace; {} if none."""
+    """Return the arguments of the run that wrote a checkpoint; {} if it has none."""
     args = state.get("args")
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
     return {name: value for name, value in args.items() if isinstance(name, str)} if isinstance(args, Mapping) else {}
 
 

@@ -1,98 +1,43 @@
 """Read `.pth` files and pickles without running code; the only module that decides what they may rebuild.
 
-A pickle names the objects that it calls. Here each name is looked up in a table of exact names and never resolved by
-import or `getattr`: a dotted name such as `_rebuild_tensor.__globals__` would otherwise lead to any builtin. An
-unlisted name is refused.
+A pickle names the functions and classes that it calls. Here a name is looked up in a table of exact names and never
+resolved by import or `getattr`, since a dotted name such as `_rebuild_tensor.__globals__` leads to any builtin. What a
+table holds is safe to call with any arguments and to give any state: NumPy's own `dtype` and `ndarray` are not (a
+prepared dtype makes NumPy follow addresses that the file contains), so stand-ins check what arrays are made of.
 """
 
-import argparse
 import pickle
+import re
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from utils.errors import UsageError
 
 
-class Discarded:
-    """Stand-in for an object of a checkpoint that nobody reads: it takes any arguments and state and keeps none."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-_NUMPY = ("numpy.ndarray", "numpy.dtype") + tuple(
-    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-)
-_TORCH_GLOBALS: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,  # the arguments in the files that the authors released
-    # mmengine keeps its history of losses in a checkpoint.
-    **dict.fromkeys(("mmengine.logging.history_buffer.HistoryBuffer", *_NUMPY), Discarded),
-}
-"""What `load_torch` rebuilds besides PyTorch's own tensors, containers and numbers."""
-
-
 def load_torch(path: Path | str) -> Any:
-    """Return what `torch.save` wrote, on the CPU: tensors, numbers, strings and containers.
+    """Return what `torch.save` wrote, on the CPU: tensors, numbers and strings in dicts, lists and tuples.
+
+    An `argparse.Namespace`, as in the files that the authors of SlotCon released, becomes a dict. Histories of losses,
+    which mmengine pickles into its checkpoints, are left out.
 
     Raises:
-        pickle.UnpicklingError: the file names anything else, or is no file of `torch.save`.
-        Exception: of any kind, if the file is damaged.
+        pickle.UnpicklingError: the file holds anything else, or was not written by `torch.save`.
+        Exception: of many types, if the file is damaged.
     """
-    with _torch_globals(), warnings.catch_warnings():
+    with _allow_only(_TORCH_GLOBALS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about old pickle protocols
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def _torch_globals() -> Iterator[None]:
-    """Allow exactly `_TORCH_GLOBALS`, whatever other libraries have added to PyTorch's list."""
-    added_by_others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([(value, name) for name, value in _TORCH_GLOBALS.items()])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(added_by_others)
-
-
-class _ForbiddenGlobalError(pickle.UnpicklingError):
-    """A pickle names an object that is not allowed."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds dicts, strings, numbers and NumPy arrays, written by any version of NumPy."""
-
-    _GLOBALS = {
-        "collections.OrderedDict": OrderedDict,
-        "_codecs.encode": lambda text, _: text.encode("latin1"),
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
-        # NumPy keeps these three where they are not to be imported from.
-        "numpy.core.multiarray._reconstruct": np.zeros(1).__reduce__()[0],
-        "numpy.core.multiarray.scalar": np.float64(1).__reduce__()[0],
-        "numpy.core.numeric._frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._GLOBALS[f"{module}.{name}".replace("numpy._core.", "numpy.core.")]
-        except KeyError:
-            raise _ForbiddenGlobalError(f"{module}.{name}") from None
+        return _to_plain(torch.load(path, map_location="cpu", weights_only=True), {})
 
 
 def load_arrays(path: Path, flag: str) -> dict[str, Any]:
-    """Return a pickled dict of arrays, strings and numbers, such as detectron2's weights in a `.pkl`.
+    """Return a pickled dict of NumPy arrays, numbers and strings, as detectron2 keeps weights in a `.pkl`.
 
     Raises:
         UsageError: naming `flag`, if the file is missing, truncated, or holds anything else.
@@ -101,11 +46,184 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
         raise UsageError(f"{flag} {path}: no such file")
     try:
         with path.open("rb") as file:
-            state = _ArrayUnpickler(file, encoding="latin1").load()
-    except _ForbiddenGlobalError as error:
+            state = _to_plain(_ArrayUnpickler(file, encoding="latin1").load(), {})
+    except _RefusedError as error:
         raise UsageError(f"{flag} {path}: refused, it holds more than arrays and numbers ({error})") from None
-    except Exception:  # a damaged pickle raises whatever its reader stumbles over
+    except Exception:  # a damaged file raises errors of many types
         raise UsageError(f"{flag} {path}: truncated or no pickle; convert the checkpoint again") from None
     if not isinstance(state, dict):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not weights")
     return state
+
+
+class _RefusedError(pickle.UnpicklingError):
+    """A pickle holds something that is not allowed."""
+
+
+def _to_plain(value: Any, converted: dict[int, Any]) -> Any:
+    """Replace containers and tensors by plain ones: a pickle can give an OrderedDict or a Parameter any attributes.
+
+    Args:
+        converted: the results so far by `id`, so that a container that is referred to often is converted once.
+    """
+    if id(value) in converted:
+        return converted[id(value)]
+    if isinstance(value, dict):
+        plain: Any = {key: _to_plain(item, converted) for key, item in dict.items(value)}
+    elif type(value) in (list, tuple):
+        plain = type(value)(_to_plain(item, converted) for item in value)
+    elif isinstance(value, _Namespace):
+        plain = _to_plain(vars(value), converted)
+    elif isinstance(value, _Array):
+        plain = value.array
+    elif isinstance(value, Tensor):
+        ordinary = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+        if not ordinary or value.is_meta or value.is_quantized:
+            raise _RefusedError("a tensor that is not an array of numbers")
+        plain = torch.Tensor.detach(value)
+    else:
+        plain = value
+    converted[id(value)] = plain
+    return plain
+
+
+# What `torch.load(weights_only=True)` may rebuild besides PyTorch's own tensors, containers and numbers.
+
+
+@contextmanager
+def _allow_only(allowed: Mapping[str, Any]) -> Iterator[None]:
+    """Let `torch.load` resolve exactly these names, whatever other libraries have allowed."""
+    allowed_by_others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([(value, name) for name, value in allowed.items()])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed_by_others)
+
+
+class _Namespace:
+    """Stand-in for `argparse.Namespace`."""
+
+
+class _Discarded:
+    """Stand-in for an object that nobody reads: it takes any arguments and any state, and keeps none."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _HistoryBuffer(_Discarded):
+    """Stand-in for mmengine's history of a logged value."""
+
+
+def _method_of_history(owner: Any, name: Any) -> _Discarded:
+    """Stand-in for the `getattr` by which a history names its own methods."""
+    if owner is not _HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise _RefusedError("builtins.getattr")
+    return _Discarded()
+
+
+_TORCH_GLOBALS: dict[str, Any] = {
+    "argparse.Namespace": _Namespace,
+    "mmengine.logging.history_buffer.HistoryBuffer": _HistoryBuffer,
+    "builtins.getattr": _method_of_history,
+    "numpy.ndarray": _Discarded,
+    "numpy.dtype": _Discarded,
+    "numpy.core.multiarray._reconstruct": _Discarded,
+    "numpy._core.multiarray._reconstruct": _Discarded,
+    "numpy.core.multiarray.scalar": _Discarded,
+    "numpy._core.multiarray.scalar": _Discarded,
+}
+
+
+# What a pickle of arrays may rebuild.
+
+
+class _Dict(dict[Any, Any]):
+    """Stand-in for `OrderedDict`, without attributes."""
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _DType:
+    """Stand-in for `numpy.dtype`: booleans, integers and floating-point numbers only."""
+
+    def __init__(self, name: str, *_: Any):
+        if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", name):
+            raise _RefusedError(f"an array of {name!r}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])  # the rest is of dtypes with fields
+
+
+class _Array:
+    """Stand-in for `numpy.ndarray`, whose values come with its state."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: tuple[Any, tuple[int, ...], _DType, bool, bytes | str]) -> None:
+        _, shape, dtype, fortran_order, values = state
+        self.array = _read_values(values, dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _read_values(values: bytes | str, dtype: _DType) -> np.ndarray:
+    """Return a writable array (N,); Python 2 wrote bytes as a string."""
+    data = values.encode("latin1") if isinstance(values, str) else bytes(values)
+    return np.frombuffer(data, dtype.dtype).copy() if data else np.empty(0, dtype.dtype)
+
+
+def _array_from_buffer(values: bytes, dtype: _DType, shape: tuple[int, ...], order: str, *axes: Any) -> np.ndarray:
+    """Stand-in for NumPy's function of this name, which protocol 5 calls."""
+    array = _read_values(values, dtype)
+    if order == "K":
+        (axis_order,) = axes
+        return array.reshape(shape).transpose(axis_order)
+    return array.reshape(shape, order="F" if order == "F" else "C")
+
+
+class _Function:
+    """A function that a pickle may call, and to which it cannot assign attributes."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, _: Any) -> None:
+        raise _RefusedError("the state of a function")
+
+
+_ARRAY_GLOBALS: dict[tuple[str, str], _Function] = {
+    ("collections", "OrderedDict"): _Function(_Dict),
+    ("__builtin__", "bytes"): _Function(lambda: b""),  # protocol 2 has no empty bytes
+    ("_codecs", "encode"): _Function(lambda text, _: str.encode(text, "latin1")),
+    ("numpy", "ndarray"): _Function(_Array),
+    ("numpy", "dtype"): _Function(_DType),
+}
+for _core in ("numpy.core", "numpy._core"):
+    _ARRAY_GLOBALS |= {
+        (f"{_core}.multiarray", "_reconstruct"): _Function(lambda *_: _Array()),
+        (f"{_core}.multiarray", "scalar"): _Function(lambda dtype, values: _read_values(values, dtype)[0]),
+        (f"{_core}.numeric", "_frombuffer"): _Function(_array_from_buffer),
+    }
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ARRAY_GLOBALS[module, name]
+        except KeyError:
+            raise _RefusedError(f"{module}.{name}") from None
+
+    def persistent_load(self, _: Any) -> Any:
+        raise _RefusedError("a persistent id")
