@@ -1,11 +1,11 @@
-"""Color on the device: drawn for each image in the worker, applied to a whole batch at once.
+"""Color augmentation: parameters drawn for each view in the worker, applied to a whole batch on the device.
 
-The operations are Pillow's, on float levels 0..255 that are clamped after each of them: brightness, contrast,
-saturation and hue in the image's own order, then grayscale, Gaussian blur and solarize.
+The operations are those of Pillow, on float levels 0..255 that are clamped after each of them: brightness, contrast,
+saturation and hue in an order drawn for each image, then grayscale, Gaussian blur and solarization.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,41 +13,30 @@ import torch
 from torch import Tensor
 
 from utils.batch import MEAN, STD, Batch
+from utils.recipes import ColorRecipe
 
-# Why not a library: an image, two views of 224 px, costs on one CPU core 25 ms by kornia 0.9 (batches of 64; 7.7
-# in pieces of 4), 6.9 by torchvision's v2 transforms, 2.9 by this file. kornia draws one order of the jitters for
-# a whole batch, torchvision one of everything for the images of a call; both blur by a Gaussian in a window of
-# fixed size, Pillow by box filters of a fractional one.
+# Why not a library: the two views of an image, 224 px, take 25 ms of one CPU core with kornia 0.9 (batches of 64;
+# 7.7 ms in chunks of 4), 6.9 ms with the v2 transforms of torchvision, 2.9 ms here. kornia draws one order of the
+# jitter operations for a whole batch, torchvision one set of parameters for all images of a call; both blur by a
+# Gaussian window of fixed size, Pillow by box filters of fractional length.
 
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-"""Pillow's weights of red, green and blue in a gray level."""
+"""Weights of red, green and blue in a gray level, as in Pillow."""
 
-# The columns of a view's color parameters.
+# The columns of the color parameters of a view.
 FACTORS = slice(0, 4)
-"""Factors of brightness, contrast and saturation; shift of the hue in turns of the circle."""
+"""Factors of brightness, contrast and saturation; shift of the hue as a fraction of the color circle."""
 ORDER = slice(4, 8)
-"""The four jitters, numbered as in FACTORS, in the order in which they are applied."""
+"""The four jitter operations, numbered as in FACTORS, in the order of their application."""
 GRAY, BLUR, SOLARIZE = 8, 9, 10
-"""Grayscale (0 or 1); sigma of the blur in pixels (0: none); solarize (0 or 1)."""
+"""Grayscale (0 or 1); sigma of the blur in pixels (0: none); solarization (0 or 1)."""
 NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0)
+"""The parameters of a view whose color does not change."""
 
 CPU_CHUNK = 4
-"""Images at a time on the CPU, so that what an operation writes is still in the cache for the next."""
+"""Images processed at a time on the CPU, so that they stay in its cache from one operation to the next."""
 BAND_ROWS = 32
 """Rows of a banded matrix that are multiplied at a time."""
-
-
-@dataclass(frozen=True)
-class ColorRecipe:
-    """How strongly and how often the colors of a view change."""
-
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast, saturation: factors in 1 ± strength; hue: shifts in ± strength turns."""
-    jitter_p: float = 0.8
-    gray_p: float = 0.2
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_p: float = 0.0
 
 
 def draw_color(rng: np.random.Generator, recipe: ColorRecipe) -> np.ndarray:
@@ -66,67 +55,66 @@ def draw_color(rng: np.random.Generator, recipe: ColorRecipe) -> np.ndarray:
 
 
 def apply_color(batch: Batch) -> Batch:
-    """The batch with its views colored and normalized, on their device; its `color` is then None."""
+    """Color and normalize the views of a batch on their device; `color` of the returned batch is None."""
     if batch.color is None:
         return batch
-    views = [photometric(view, color) for view, color in zip(batch.views, batch.color.unbind(1))]
+    views = [augment_color(view, color) for view, color in zip(batch.views, batch.color.unbind(1))]
     return replace(batch, views=views, color=None)
 
 
-def photometric(views: Tensor, color: Tensor) -> Tensor:
+def augment_color(views: Tensor, color: Tensor) -> Tensor:
     """Color and normalize uint8 views (B, 3, S, S) by the parameters (B, 11) drawn for them: float32.
 
-    `color` lies on the host and decides there which images take part in what: the host never waits for the
-    device.
+    `color` lies on the host, which chooses the images of each operation from it and never waits for the device.
     """
     if views.device.type == "cpu" and len(views) > CPU_CHUNK:
-        return torch.cat([photometric(*part) for part in zip(views.split(CPU_CHUNK), color.split(CPU_CHUNK))])
+        return torch.cat([augment_color(*part) for part in zip(views.split(CPU_CHUNK), color.split(CPU_CHUNK))])
     x = views.float()
-    steps = plan(color)
-    rows_of_steps = to_device(torch.cat([step.rows for step in steps]), x.device)
+    operations = select_operations(color)
+    all_rows = to_device(torch.cat([operation.rows for operation in operations]), x.device)
     parameters = to_device(torch.cat([color, box_taps(color[:, BLUR])], dim=1), x.device)
-    for step, rows in zip(steps, rows_of_steps.split([len(step.rows) for step in steps])):
+    for operation, rows in zip(operations, all_rows.split([len(operation.rows) for operation in operations])):
         if len(rows) > 0:
-            x.index_copy_(0, rows, step.operation(x[rows], parameters[rows, step.columns, None, None]))
+            x.index_copy_(0, rows, operation.apply(x[rows], parameters[rows, operation.columns, None, None]))
     for channel, (mean, std) in enumerate(zip(MEAN, STD)):
         x[:, channel].sub_(255 * mean).div_(255 * std)
     return x
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for."""
+    """Copy to `device` without blocking the host."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-class Step(NamedTuple):
+class ColorOperation(NamedTuple):
     """One operation on some images of a batch."""
 
-    operation: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor, Tensor], Tensor]
     rows: Tensor
-    """(n,) int64: the images that take part."""
+    """(n,) int64: the images that it is applied to."""
     columns: slice
-    """Where their parameters stand: the columns of `color`, then the taps of the blur."""
+    """The columns of its parameters: those of `color`, then the taps of the blur."""
 
 
-def plan(color: Tensor) -> list[Step]:
-    """Which images take part in which operation, in the order of application; color (B, 11) on the host."""
+def select_operations(color: Tensor) -> list[ColorOperation]:
+    """Return the operations in the order of their application, each with its images; color (B, 11) on the host."""
     jittered = color[:, FACTORS] != torch.tensor(NEUTRAL[FACTORS])
-    steps = [
-        Step(operation, (jittered[:, number] & (turn == number)).nonzero()[:, 0], slice(number, number + 1))
-        for turn in color[:, ORDER].unbind(1)
-        for number, operation in enumerate((brightness, contrast, saturation, hue))
+    operations = [
+        ColorOperation(apply, (jittered[:, number] & (order == number)).nonzero()[:, 0], slice(number, number + 1))
+        for order in color[:, ORDER].unbind(1)
+        for number, apply in enumerate((brightness, contrast, saturation, hue))
     ]
     taps = slice(len(NEUTRAL), None)
-    for operation, column in ((grayscale, GRAY), (blur, BLUR), (solarize, SOLARIZE)):
-        steps.append(Step(operation, color[:, column].nonzero()[:, 0], taps))
-    return steps
+    for apply, column in ((grayscale, GRAY), (blur, BLUR), (solarize, SOLARIZE)):
+        operations.append(ColorOperation(apply, color[:, column].nonzero()[:, 0], taps))
+    return operations
 
 
 # Every operation takes images (n, 3, S, S), which it may overwrite, and their parameters (n, ·, 1, 1).
 
 
 def luma(x: Tensor) -> Tensor:
-    """Gray levels (n, 1, S, S)."""
+    """Return gray levels (n, 1, S, S)."""
     red, green, blue = x.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -145,13 +133,13 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by `shift` circles; saturation and value stay."""
+    """Shift the hue of HSV by a fraction of the color circle; saturation and value stay."""
     red, green, blue = x.split(1, dim=1)
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     lowest = torch.minimum(low, red)
     chroma = torch.maximum(high, red) - lowest
-    # The way from red in sixths of the circle, 0..3, then its side: positive towards green. The usual cases by the
-    # brightest channel need torch.where, which is slow on the CPU.
+    # The distance from red in sixths of the color circle, 0..3, signed: positive towards green. The usual formula by
+    # the brightest channel needs torch.where, which is slow on the CPU.
     sixths = (high + torch.maximum(low, red)).sub_(red, alpha=2).div_(chroma.clamp(min=1e-6)).add_(1)
     sixths = sixths.copysign_(green - blue).add_(6 * shift).remainder_(6)
     shares = ((sixths - 3).abs_().sub_(1), 2 - (sixths - 2).abs_(), 2 - (sixths - 4).abs_())
@@ -163,12 +151,12 @@ def grayscale(x: Tensor, _: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, _: Tensor) -> Tensor:
-    """Invert levels from 128 on: of a whole level v and 255 - v, that leaves the smaller."""
+    """Invert levels of 128 and above; for integer levels this is the minimum of v and 255 - v."""
     return torch.minimum(x, 255 - x)
 
 
 def blur(x: Tensor, taps: Tensor) -> Tensor:
-    """Pillow's Gaussian: three box filters with the taps (n, T, 1, 1) of each image, edge pixels extended."""
+    """Blur like Pillow: three box filters with the taps (n, T, 1, 1) of each image, edge pixels replicated."""
     size, reach = x.shape[-1], taps.shape[1] // 2
     positions = torch.arange(size, device=x.device)
     offsets = torch.arange(-reach, reach + 1, device=x.device)[:, None, None]
@@ -179,15 +167,15 @@ def blur(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def banded(matrix: Tensor, x: Tensor, reach: int) -> Tensor:
-    """The product matrix @ x for a matrix (n, 1, S, S) that is zero beyond `reach` from its diagonal."""
+    """Compute matrix @ x for a matrix (n, 1, S, S) that is zero farther than `reach` from its diagonal."""
     spans = [(row, slice(max(0, row - reach), row + BAND_ROWS + reach)) for row in range(0, x.shape[-2], BAND_ROWS)]
     return torch.cat([matrix[..., row : row + BAND_ROWS, span] @ x[..., span, :] for row, span in spans], dim=-2)
 
 
 def box_taps(sigma: Tensor) -> Tensor:
-    """Taps (n, T) of the box filter whose threefold use blurs by sigma (n,); for sigma 0 it changes nothing.
+    """Return the taps (n, T) of the box filter that, applied three times, blurs by sigma (n,); sigma 0 is the identity.
 
-    The fractional length is Pillow's: Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
+    The fractional length is that of Pillow: Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
     Extended Box Filtering", 2011.
     """
     variance = sigma.double()[:, None] ** 2 / 3

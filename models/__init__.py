@@ -1,14 +1,16 @@
-"""What is learned: methods by name."""
+"""Pre-training methods by name."""
 
 import argparse
 
+from models.method import Method
 from models.slotcon import SlotCon
 from models.slotfa import SlotFA
-from models.method import Method
 
 METHODS: dict[str, type[Method]] = {"slotcon": SlotCon, "slotfa": SlotFA}
 
+__all__ = ["METHODS", "Method", "build_method"]
+
 
 def build_method(args: argparse.Namespace) -> Method:
-    """The method that `args.method` names, freshly initialized from torch's current random state."""
+    """Build the method that `args.method` names, initialized from the current random state of torch."""
     return METHODS[args.method](args)

@@ -1,4 +1,4 @@
-"""Slot-level feature augmentation: each slot's features scaled and shifted at random."""
+"""Slot-level feature augmentation (SlotFA): random scale and shift of the features of each slot."""
 
 from typing import NamedTuple
 
@@ -9,52 +9,52 @@ from torch import Tensor, nn
 from utils.distributed import all_reduce_sum
 
 
-class Chance(NamedTuple):
-    """What one view of a step draws: factors and shifts (K, D), and a lot in 0..1 for each slot (K,)."""
+class AugmentationNoise(NamedTuple):
+    """The random numbers of one view and step: scales and shifts (K, D), and a priority in 0..1 of each slot (K,)."""
 
     alpha: Tensor
     beta: Tensor
-    lots: Tensor
+    slot_priority: Tensor
 
 
 class SlotAugmentation(nn.Module):
-    """`alpha_k x + beta_k` at every position that belongs to slot k (SlotFA's object-aware augmentation).
+    """Compute `alpha_k x + beta_k` at every position that is assigned to slot k (the object-aware augmentation).
 
-    `alpha_k ~ N(1, sigma_scale)` and `beta_k ~ N(0, sigma_shift)` are vectors as wide as the features, drawn for each
-    of K slots from (seed, step, view) alone, so that all ranks draw the same and no other chance is disturbed.
+    `alpha_k ~ N(1, sigma_scale)` and `beta_k ~ N(0, sigma_shift)` are vectors of the width of the features, drawn for
+    each of K slots from (seed, step, view) alone, so that all ranks draw the same.
     """
 
     def __init__(self, num_slots: int, dim: int, sigma_scale: float, sigma_shift: float, ratio: float = 1.0):
-        """With `ratio` below 1, that share of the slots that occur in the view's batch over all ranks is augmented."""
+        """With `ratio` below 1, that share of the slots occupied in the global batch of a view is augmented."""
         super().__init__()
         self.shape = (num_slots, dim)
         self.sigma_scale, self.sigma_shift, self.ratio = sigma_scale, sigma_shift, ratio
 
-    def forward(self, features: Tensor, assignment: Tensor, chance: Chance) -> Tensor:
-        """Features (B, D, H, W), the slot of each position (B, H, W) int64, and what was drawn -> the augmented map."""
-        alpha, beta = self.factors(assignment, chance)
+    def forward(self, features: Tensor, assignment: Tensor, noise: AugmentationNoise) -> Tensor:
+        """Augment features (B, D, H, W), given the slot of each position (B, H, W) int64."""
+        alpha, beta = self.select(assignment, noise)
         scale, shift = torch.cat([alpha, beta], dim=1)[assignment].movedim(-1, 1).chunk(2, dim=1)
         return torch.addcmul(shift, scale, features.to(scale.dtype))
 
-    def chance(self, seed: int, step: int, view: int, device: torch.device) -> Chance:
-        """What a view of this step draws."""
+    def draw_noise(self, seed: int, step: int, view: int, device: torch.device) -> AugmentationNoise:
+        """Draw the noise of a view of a step."""
         generator = torch.Generator(device)
         generator.manual_seed(int(np.random.SeedSequence([seed, step, view]).generate_state(1, np.uint64)[0]))
         alpha = torch.randn(self.shape, generator=generator, device=device).mul_(self.sigma_scale).add_(1)
         beta = torch.randn(self.shape, generator=generator, device=device).mul_(self.sigma_shift)
-        return Chance(alpha, beta, torch.rand(self.shape[0], generator=generator, device=device))
+        return AugmentationNoise(alpha, beta, torch.rand(self.shape[0], generator=generator, device=device))
 
     @torch.no_grad()
-    def factors(self, assignment: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
-        """Alpha and beta of every slot, (K, D) each: 1 and 0 for the slots that are left as they are."""
+    def select(self, assignment: Tensor, noise: AugmentationNoise) -> tuple[Tensor, Tensor]:
+        """Return alpha and beta of every slot, (K, D) each: 1 and 0 for slots that are not augmented."""
         if self.ratio == 1:
-            return chance.alpha, chance.beta
-        chosen = self._choose(assignment, chance.lots)[:, None]
-        return torch.where(chosen, chance.alpha, 1), torch.where(chosen, chance.beta, 0)
+            return noise.alpha, noise.beta
+        selected = self._select_slots(assignment, noise.slot_priority)[:, None]
+        return torch.where(selected, noise.alpha, 1), torch.where(selected, noise.beta, 0)
 
-    def _choose(self, assignment: Tensor, lots: Tensor) -> Tensor:
-        """The `floor(ratio n)` of the n slots that occur on any rank whose lots (K,) are lowest: (K,) bool."""
-        here = torch.zeros_like(lots).scatter(0, assignment.flatten(), 1.0)
-        occupied = all_reduce_sum(here) > 0
-        place = torch.where(occupied, lots, 2.0).argsort().argsort()  # each slot's place in the order of the lots
-        return occupied & (place < (occupied.sum().double() * self.ratio).floor())
+    def _select_slots(self, assignment: Tensor, slot_priority: Tensor) -> Tensor:
+        """Return the `floor(ratio n)` slots of lowest priority value among the n occupied on any rank: (K,) bool."""
+        local = torch.zeros_like(slot_priority).scatter(0, assignment.flatten(), 1.0)
+        is_occupied = all_reduce_sum(local) > 0
+        order = torch.where(is_occupied, slot_priority, 2.0).argsort().argsort()
+        return is_occupied & (order < (is_occupied.sum().double() * self.ratio).floor())

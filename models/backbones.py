@@ -1,4 +1,4 @@
-"""Encoders: images (B, 3, H, W) -> feature map (B, C, h, w)."""
+"""Encoders: images (B, 3, H, W) -> feature map (B, C, h, w), from torchvision's ResNets and timm's ViTs."""
 
 import argparse
 from collections import OrderedDict
@@ -8,7 +8,7 @@ from torchvision import models as torchvision_models
 
 from utils.errors import UsageError
 
-ARCHITECTURES = (
+RESNETS = (
     "resnet18",
     "resnet34",
     "resnet50",
@@ -20,43 +20,92 @@ ARCHITECTURES = (
     "resnext101_32x8d",
     "resnext101_64x4d",
 )
-_UNDILATED = ("resnet18", "resnet34")  # torchvision's basic blocks have no dilation
-
+VITS = (
+    "vit_tiny_patch16_224",
+    "vit_small_patch32_224",
+    "vit_small_patch16_224",
+    "vit_small_patch8_224",
+    "vit_base_patch32_224",
+    "vit_base_patch16_224",
+    "vit_base_patch8_224",
+    "vit_large_patch32_224",
+    "vit_large_patch16_224",
+    "vit_large_patch14_224",
+)
+ARCHITECTURES = RESNETS + VITS
+_DEFAULT_STRIDE = 32
 _DILATED_STAGES = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}
+_NOT_DILATABLE = ("resnet18", "resnet34")  # the basic blocks of torchvision have no dilation
+
+
+class Encoder(nn.Module):
+    """The interface of an encoder; the names of its parameters are those of its library."""
+
+    width: int
+    """Channels of the feature map."""
+    stride: int
+    """Pixels of the image for each cell of the feature map, in each direction."""
+
+
+class ResNetEncoder(Encoder, nn.Sequential):
+    """A torchvision ResNet without pooling and classifier.
+
+    The last batch norm of each residual block starts at zero, so that every block starts as the identity.
+    """
+
+    def __init__(self, arch: str, output_stride: int):
+        resnet: torchvision_models.ResNet = torchvision_models.get_model(
+            arch,
+            weights=None,
+            zero_init_residual=True,
+            replace_stride_with_dilation=_DILATED_STAGES[output_stride],
+        )
+        layers = ((name, layer) for name, layer in resnet.named_children() if name not in ("avgpool", "fc"))
+        super().__init__(OrderedDict(layers))
+        self.width, self.stride = resnet.fc.in_features, output_stride
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags that say which encoder."""
-    group.add_argument("--arch", choices=ARCHITECTURES, default="resnet50", help="encoder, by torchvision's name")
+    """Add the flags of the encoder."""
+    group.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        metavar="ARCH",
+        default="resnet50",
+        help="encoder: a ResNet by its torchvision name, or a ViT by its timm name",
+    )
     group.add_argument(
         "--output-stride",
         type=int,
         choices=_DILATED_STAGES,
-        default=32,
-        help="pixels to a cell, below 32 by dilation",
+        default=_DEFAULT_STRIDE,
+        help="pixels for each cell of the feature map of a ResNet; below 32 by dilation",
     )
 
 
-def build_encoder(arch: str, output_stride: int = 32) -> tuple[nn.Sequential, int]:
-    """A torchvision ResNet up to its last map, under torchvision's parameter names, without pooling and classifier.
+def build_encoder(arch: str, output_stride: int = _DEFAULT_STRIDE, drop_path: float = 0.0) -> Encoder:
+    """Build a randomly initialized encoder.
 
-    The last batch norm of each residual block starts at zero, so that every block starts as the identity.
-
-    Returns:
-        The encoder, images (B, 3, H, W) -> (B, C, H / stride, W / stride), and C.
+    Args:
+        arch: one of `ARCHITECTURES`.
+        output_stride: 32, 16 or 8, for ResNets; the stride of a ViT is its patch size.
+        drop_path: largest stochastic depth rate of a ViT, which grows linearly from 0 over its blocks.
 
     Raises:
-        UsageError: the architecture is unknown, or torchvision cannot dilate it to `output_stride`.
+        UsageError: the architecture is unknown, or cannot have this output stride or drop path.
     """
-    if arch not in ARCHITECTURES:
+    if arch in VITS:
+        if output_stride != _DEFAULT_STRIDE:
+            raise UsageError(f"--output-stride {output_stride}: the stride of a {arch} is its patch size; omit it")
+        try:
+            from models.vit import build_vit
+        except ImportError:
+            raise UsageError(f"--arch {arch}: needs timm; pip install timm") from None
+        return build_vit(arch, drop_path)
+    if arch not in RESNETS:
         raise UsageError(f"--arch {arch}: unknown; choose one of {', '.join(ARCHITECTURES)}")
-    if output_stride != 32 and arch in _UNDILATED:
-        raise UsageError(f"--output-stride {output_stride}: {arch} has no dilated form; use 32, or resnet50 and larger")
-    resnet: torchvision_models.ResNet = torchvision_models.get_model(
-        arch,
-        weights=None,
-        zero_init_residual=True,
-        replace_stride_with_dilation=_DILATED_STAGES[output_stride],
-    )
-    stages = OrderedDict((name, part) for name, part in resnet.named_children() if name not in ("avgpool", "fc"))
-    return nn.Sequential(stages), resnet.fc.in_features
+    if output_stride != _DEFAULT_STRIDE and arch in _NOT_DILATABLE:
+        raise UsageError(f"--output-stride {output_stride}: {arch} cannot be dilated; use 32, or resnet50 and larger")
+    if drop_path:
+        raise UsageError(f"drop path {drop_path}: only ViTs have it, not a {arch}")
+    return ResNetEncoder(arch, output_stride)

@@ -1,4 +1,4 @@
-"""Prototypes -> scores, attention, slots; which slots are occupied (SlotCon, section 3.2)."""
+"""Semantic grouping by prototypes (SlotCon, section 3.2): scores, attention, slots, and which slots are occupied."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ _EPS = 1e-12
 
 
 def prototype_scores(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine of every position with every prototype.
+    """Compute the cosine similarity of every position with every prototype.
 
     Args:
         features: (B, D, H, W).
@@ -25,15 +25,15 @@ def prototype_scores(features: Tensor, prototypes: Tensor) -> Tensor:
         return torch.einsum("kd,bdhw->bkhw", p, z)
 
 
-def slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """Attention-weighted mean of the features, one for each prototype.
+def pool_slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """Pool the features by attention, once for each prototype.
 
-    `a = softmax_k(s / temperature) + 1e-6`, `slot_k = sum_hw z a_k / sum_hw a_k`, with z as it is.
+    `a = softmax_k(s / temperature) + 1e-6`, `slot_k = sum_hw z a_k / sum_hw a_k`; the features z are not normalized.
 
     Args:
         features: (B, D, H, W).
         scores: (B, K, H, W) from `prototype_scores`.
-        temperature: of the soft-max over the prototypes.
+        temperature: of the softmax over the prototypes.
 
     Returns:
         (B, K, D) float32.
@@ -45,21 +45,21 @@ def slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
 
 
 def occupied(scores: Tensor) -> Tensor:
-    """Which slots win the arg-max over prototypes somewhere: scores (B, K, H, W) -> (B, K) bool."""
-    winners = scores.argmax(dim=1).flatten(1)
-    won = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device)
-    return won.scatter(1, winners, True)
+    """Return which slots are the argmax over prototypes at some position: scores (B, K, H, W) -> (B, K) bool."""
+    assignment = scores.argmax(dim=1).flatten(1)
+    mask = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device)
+    return mask.scatter(1, assignment, True)
 
 
 class Grouped(NamedTuple):
-    """A view, grouped: slots (B, K, D) and scores (B, K, H, W), both float32."""
+    """The slots (B, K, D) and scores (B, K, H, W) of a view, both float32."""
 
     slots: Tensor
     scores: Tensor
 
 
 class Grouping(nn.Module):
-    """K learned prototypes of width D that share out the positions of a map."""
+    """K learned prototypes of width D, among which the positions of a map are shared."""
 
     def __init__(self, num_prototypes: int, dim: int, temperature: float):
         super().__init__()
@@ -67,10 +67,10 @@ class Grouping(nn.Module):
         self.slot_embed = nn.Embedding(num_prototypes, dim)
 
     def scores(self, features: Tensor) -> Tensor:
-        """Features (B, D, H, W) -> scores (B, K, H, W)."""
+        """Return the scores (B, K, H, W) of features (B, D, H, W)."""
         return prototype_scores(features, self.slot_embed.weight)
 
     def forward(self, features: Tensor, scores: Tensor | None = None) -> Grouped:
-        """Features (B, D, H, W), and their scores where they are known -> slots (B, K, D) and scores (B, K, H, W)."""
+        """Group features (B, D, H, W), whose scores (B, K, H, W) are computed unless given."""
         scores = self.scores(features) if scores is None else scores
-        return Grouped(slots(features, scores, self.temperature), scores)
+        return Grouped(pool_slots(features, scores, self.temperature), scores)

@@ -1,4 +1,6 @@
-"""The MLP heads, on maps and on rows."""
+"""MLP heads: the projector on feature maps and the slot predictor on masked rows."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -6,57 +8,70 @@ from torch import Tensor, nn
 from utils.distributed import all_reduce_with_gradient
 
 
-class MLP(nn.Module):
-    """Two hidden layers with batch norm and exact GELU, then a linear layer (SlotCon's projector and predictor).
+class Projector(nn.Module):
+    """Two hidden layers with batch norm and exact GELU, then a linear layer, as 1x1 convolutions on a feature map."""
 
-    With `maps` it is a stack of 1x1 convolutions on (B, dim_in, h, w); without, of linear layers on rows
-    (N, dim_in). Among rows, one of all zeros is padding: it takes no part in the batch statistics and comes
-    out as zeros, which lets a fixed number of rows hold a varying number of queries. Fewer than two rows have
-    no batch statistics: in training mode they come out as zeros, too.
+    def __init__(self, dim_in: int, dim_hidden: int, dim_out: int):
+        super().__init__()
+        self.mlp = _mlp((dim_in, dim_hidden, dim_out), lambda ins, outs: nn.Conv2d(ins, outs, 1), nn.BatchNorm2d)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, dim_in, h, w) to (B, dim_out, h, w)."""
+        return self.mlp(features)
+
+
+class SlotPredictor(nn.Module):
+    """The same MLP on rows, some of which are padding.
+
+    Masked rows take no part in the batch statistics, so that a fixed number of rows holds a varying number of queries.
     """
 
-    def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, maps: bool):
+    def __init__(self, dim_in: int, dim_hidden: int, dim_out: int):
         super().__init__()
-        self.maps = maps
+        self.mlp = _mlp((dim_in, dim_hidden, dim_out), nn.Linear, RowBatchNorm)
 
-        def linear(inputs: int, outputs: int) -> nn.Module:
-            layer = nn.Conv2d(inputs, outputs, 1) if maps else nn.Linear(inputs, outputs)
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.constant_(layer.bias, 0)  # type: ignore[arg-type]
-            return layer
+    def forward(self, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Map rows (N, dim_in), of which `mask` (N,) bool marks the valid ones.
 
-        def norm() -> nn.Module:
-            return nn.BatchNorm2d(dim_hidden) if maps else RowBatchNorm(dim_hidden)
-
-        # The indices are those of the published checkpoints: mlp.0, 1, 3, 4, 6.
-        self.mlp = nn.Sequential(
-            linear(dim_in, dim_hidden),
-            norm(),
-            nn.GELU(),
-            linear(dim_hidden, dim_hidden),
-            norm(),
-            nn.GELU(),
-            linear(dim_hidden, dim_out),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, dim_in, h, w) -> (B, dim_out, h, w), or rows (N, dim_in) -> (N, dim_out)."""
-        if self.maps:
-            return self.mlp(x)
-        real = x.ne(0).any(dim=1)
-        valid = real
+        Returns:
+            (N, dim_out), meaningful where the second result, (N,) bool, is true. In training mode a single valid row
+            has no batch statistics: then no row is valid.
+        """
+        valid = mask
         for layer in self.mlp:
             if isinstance(layer, RowBatchNorm):
-                x, valid = layer(x, real)
+                rows, valid = layer(rows, mask)
             else:
-                x = layer(x)
-        return torch.where(valid[:, None], x, 0)
+                rows = layer(rows)
+        return rows, valid
+
+
+def _mlp(
+    dims: tuple[int, int, int], linear: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    """Build the layers; their indices are those of the published checkpoints: mlp.0, 1, 3, 4, 6."""
+    dim_in, dim_hidden, dim_out = dims
+
+    def init(layer: nn.Module) -> nn.Module:
+        nn.init.trunc_normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        nn.init.constant_(layer.bias, 0)  # type: ignore[arg-type]
+        return layer
+
+    return nn.Sequential(
+        init(linear(dim_in, dim_hidden)),
+        norm(dim_hidden),
+        nn.GELU(),
+        init(linear(dim_hidden, dim_hidden)),
+        norm(dim_hidden),
+        nn.GELU(),
+        init(linear(dim_hidden, dim_out)),
+    )
 
 
 class RowBatchNorm(nn.Module):
-    """Batch norm over the rows that `real` marks; parameters and buffers as in `nn.BatchNorm1d`.
+    """Batch norm over the rows that a mask marks; parameters and buffers as in `nn.BatchNorm1d`.
 
-    With `synchronized` the statistics are those of the real rows on all ranks.
+    With `synchronized` the statistics are those of the valid rows of all ranks.
     """
 
     running_mean: Tensor
@@ -73,32 +88,32 @@ class RowBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (N, dim) and which of them are real (N,), bool.
+    def forward(self, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize rows (N, dim), of which `mask` (N,) bool marks the valid ones.
 
         Returns:
-            The rows, normalized, in the type of `x` (statistics are float32), zeros where not valid; and which are
-            valid (N,): the real ones, or none where there are too few for statistics.
+            The normalized rows in the type of `rows` (statistics are float32), zeros where not valid; and which are
+            valid (N,): those of `mask`, or none where there are too few for statistics.
         """
-        rows = x.float()
+        x = rows.float()
         if self.training:
-            keep = real[:, None]
-            count = self._over_ranks(real.sum().float())
-            mean = self._over_ranks(torch.where(keep, rows, 0).sum(0)) / count.clamp(min=1)
-            variance = self._over_ranks(torch.where(keep, rows - mean, 0).square().sum(0)) / count.clamp(min=1)
-            self._track(mean.detach(), variance.detach(), count)
-            valid = real & (count > 1)
+            keep = mask[:, None]
+            count = self._sum_over_ranks(mask.sum().float())
+            mean = self._sum_over_ranks(torch.where(keep, x, 0).sum(0)) / count.clamp(min=1)
+            variance = self._sum_over_ranks(torch.where(keep, x - mean, 0).square().sum(0)) / count.clamp(min=1)
+            self._update_running_statistics(mean.detach(), variance.detach(), count)
+            valid = mask & (count > 1)
         else:
-            mean, variance, valid = self.running_mean, self.running_var, real
-        normalized = (rows - mean) * (variance + self.eps).rsqrt()
+            mean, variance, valid = self.running_mean, self.running_var, mask
+        normalized = (x - mean) * (variance + self.eps).rsqrt()
         out = normalized * self.weight + self.bias
-        return torch.where(valid[:, None], out, 0).to(x.dtype), valid
+        return torch.where(valid[:, None], out, 0).to(rows.dtype), valid
 
-    def _over_ranks(self, value: Tensor) -> Tensor:
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return all_reduce_with_gradient(value) if self.synchronized else value
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         weight = torch.where(count > 1, self.momentum, 0.0)
         unbiased = variance * count / (count - 1).clamp(min=1)
         self.running_mean.lerp_(mean, weight)

@@ -1,4 +1,4 @@
-"""The losses: tensors in, scalar out, in float32 whatever the precision of the networks."""
+"""Losses: tensors in, scalar out, in float32 whatever the precision of the networks."""
 
 from typing import Any
 
@@ -7,26 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 2**26
-"""Products of queries and keys that are held at a time: 256 MiB,"""
+"""Largest number of query-key products held at a time (256 MiB), ..."""
 _MOST_BLOCKS = 16
-"""and more where that would be more blocks than a compiler should unroll."""
+"""... unless that takes more blocks than a compiler should unroll."""
 
 
 def distillation(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, valid: Tensor
 ) -> Tensor:
-    """Grouping loss of one direction (SlotCon, equation 4).
+    """Compute the grouping loss of one direction (SlotCon, equation 4).
 
-    `- sum_k softmax((teacher - center) / teacher_temp) log softmax(student / student_temp)`, mean over
-    positions and over the images that count; 0 if none does.
+    `- sum_k softmax((teacher - center) / teacher_temp) log softmax(student / student_temp)`, averaged over positions
+    and valid images; 0 if no image is valid.
 
     Args:
         student: (B, K, H, W) aligned scores, with gradient.
         teacher: (B, K, H, W) aligned scores of the same pixels.
         center: (1, K).
-        student_temp: temperature of the student's soft-max.
-        teacher_temp: temperature of the teacher's soft-max.
-        valid: (B,) bool, the images that count.
+        student_temp: temperature of the softmax of the student.
+        teacher_temp: temperature of the softmax of the teacher.
+        valid: (B,) bool.
     """
     target = ((teacher.detach().float() - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
     log_probability = (student.float() / student_temp).log_softmax(dim=1)
@@ -34,45 +34,49 @@ def distillation(
     return torch.where(valid, per_image, 0).sum() / valid.sum().clamp(min=1)
 
 
-def slot_contrast(queries: Tensor, keys: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    """InfoNCE between slots, times twice the temperature, of one direction (SlotCon, equation 6).
+def slot_contrast(
+    queries: Tensor, query_mask: Tensor, keys: Tensor, key_mask: Tensor, positives: Tensor, temperature: float
+) -> Tensor:
+    """Compute the slot contrast of one direction, InfoNCE times twice the temperature (SlotCon, equation 6).
 
     Args:
-        queries: (N, D) with gradient, not normalized; a row of zeros is padding and does not count.
-        keys: (M, D), not normalized; a row of zeros is padding and is nobody's negative.
-        positives: (N,) int64, each query's own key.
+        queries: (N, D) with gradient, not normalized.
+        query_mask: (N,) bool, the rows that are queries; the others are padding.
+        keys: (M, D), not normalized.
+        key_mask: (M,) bool, the rows that are keys; the others are padding.
+        positives: (N,) int64, the row of the positive key of each query.
         temperature: tau.
 
     Returns:
-        Mean over the queries that count; 0 if there is none.
+        The mean over the queries; 0 if there are none.
     """
-    counts = queries.ne(0).any(dim=1)
-    there = keys.ne(0).any(dim=1)
     query = F.normalize(queries.float(), dim=1, eps=1e-12)
     key = F.normalize(keys.detach().float(), dim=1, eps=1e-12)
     with torch.autocast(queries.device.type, enabled=False):
-        total = _InfoNCE.apply(query / temperature, key, positives, counts, there)
-    return 2 * temperature * total / counts.sum().clamp(min=1)
+        total = _InfoNCE.apply(query / temperature, query_mask, key, key_mask, positives)
+    return 2 * temperature * total / query_mask.sum().clamp(min=1)
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Sum over queries of the cross-entropy of their products with all keys, a block of queries at a time.
+    """The sum over queries of their cross-entropy with all keys, a block of queries at a time.
 
-    The products of all queries with all keys would be the largest tensor of a step: 12544 x 12544 at 256 images. Here
-    they live for one block, and the gradient is made on the way forward, while they are there.
+    The products of all queries and keys would be the largest tensor of a step, 12544 x 12544 for 256 images. Here a
+    block of them is held at a time, and the gradient is computed in the forward, while the block is there.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, positives: Tensor, counts: Tensor, there: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, query_mask: Tensor, key: Tensor, key_mask: Tensor, positives: Tensor
+    ) -> Tensor:
         gradient, total = [], query.new_zeros(())
         rows = max(1, _BLOCK // len(key), -(-len(query) // _MOST_BLOCKS))
-        for q, positive, count in zip(query.split(rows), positives.split(rows), counts.split(rows)):
-            logits = (q @ key.T).masked_fill(~there, -torch.inf)
+        for q, mask, positive in zip(query.split(rows), query_mask.split(rows), positives.split(rows)):
+            logits = (q @ key.T).masked_fill(~key_mask, -torch.inf)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             loss = log_sum - logits.gather(1, positive[:, None])
-            total = total + torch.where(count[:, None], loss, 0).sum()
+            total = total + torch.where(mask[:, None], loss, 0).sum()
             slope = (logits - log_sum).exp() @ key - key[positive]
-            gradient.append(torch.where(count[:, None], slope, 0))
+            gradient.append(torch.where(mask[:, None], slope, 0))
         ctx.save_for_backward(torch.cat(gradient))
         return total
 

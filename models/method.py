@@ -1,43 +1,60 @@
-"""What every method is."""
+"""The contract of a pre-training method."""
 
 import argparse
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from models.backbones import Encoder
 from utils.batch import Batch
+from utils.meter import Monitor
+from utils.recipes import ViewRecipe, two_view_recipes
 
 
 class Method(nn.Module, ABC):
-    """A student and a momentum teacher, and the loss between them.
+    """A student, an EMA teacher, and the loss between them.
 
-    A method holds no step counter, schedule or logger: what depends on time comes with the batch, and what ranks
-    exchange goes through `utils.distributed`.
+    A method holds no step counter, schedule, logger or world size: the step comes with the batch, and collectives go
+    through `utils.distributed`.
     """
 
-    encoder_q: nn.Module
-    """The student's encoder: images (B, 3, H, W) -> map (B, C, h, w)."""
-    encoder_k: nn.Module
-    """The teacher's."""
-    compiled: tuple[str, ...] = ()
-    """What `--compile` compiles: methods of fixed shapes, tensors in and tensors out, that read nothing back."""
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    """Published values of shared arguments (optimizer, learning rate, epochs, ...), which become their defaults."""
+    compiled: ClassVar[tuple[str, ...]] = ()
+    """Names of the methods that `--compile` compiles: fixed shapes, tensors in and out, no host reads."""
+    encoder_q: Encoder
+    """The student encoder: images (B, 3, H, W) -> feature map (B, C, h, w)."""
+    encoder_k: Encoder
+    """The teacher encoder."""
 
     @staticmethod
     @abstractmethod
     def add_arguments(parser: argparse._ArgumentGroup) -> None:
-        """The method's own flags, with the published recipe as defaults; `--teacher-momentum` among them."""
+        """Add the arguments of this method, `--teacher-momentum` among them, with their published values."""
+
+    @staticmethod
+    def view_recipes(args: argparse.Namespace) -> tuple[ViewRecipe, ...]:
+        """Return the recipes of the views that the workers make of an image."""
+        return two_view_recipes(args.image_size, args.min_scale)
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, a scalar with gradient, and detached scalars to log.
+        """Compute the loss of a batch.
 
-        A method with slots adds `slot_positions` (K,): how many positions each prototype won.
+        Returns:
+            `loss`, a scalar with gradient, and detached scalars to log, named with their group (`loss/group`).
         """
 
     @abstractmethod
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student; called once per optimizer step, before the forward."""
+        """Update the EMA teacher; called once per optimizer step, before the forward."""
+
+    def build_monitor(self, steps_per_epoch: int) -> Monitor | None:
+        """Build what watches the outputs of `forward` over steps; None if nothing does."""
+        return None
 
     def slot_maps(self, images: Tensor) -> Tensor | None:
-        """Scores (B, K, h, w) of normalized images (B, 3, H, W); None for a method without slots."""
+        """Return the teacher's scores (B, K, h, w) of normalized images (B, 3, H, W); None without slots."""
         return None

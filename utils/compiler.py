@@ -1,81 +1,82 @@
-"""Compiled code: which parts of a method, in what mode, and whether this machine can."""
+"""Compile the methods of a `Method` that allow it, where the machine can."""
 
 import argparse
 import logging
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from utils import distributed
 from utils.config import between
 from utils.errors import UsageError
-from models.method import Method
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
-    """How the step is carried out; none of it changes what is computed but for rounding."""
-    flag = argparse.BooleanOptionalAction
+    """Add the flags of compilation, which change results by rounding alone."""
+    optional = argparse.BooleanOptionalAction
     group.add_argument(
-        "--compile", action=flag, default=None, help="compile the step: a slow start, then faster; default: on GPUs"
+        "--compile", action=optional, default=None, help="compile the training step; default: on GPUs only"
     )
     group.add_argument(
         "--cuda-graphs",
-        action=flag,
+        action=optional,
         default=False,
-        help="replay a step's launches, for small batches: one GPU, compiled",
+        help="replay the kernel launches of a step, for small batches; one GPU, compiled",
     )
     group.add_argument(
         "--activation-budget",
         type=between(0, 1),
         default=1.0,
-        help="share of the activations that compiled code keeps for the backward; it computes the others again",
+        help="share of the activations that compiled code keeps for the backward; it recomputes the others",
     )
 
 
-def resolve(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """Set `args.compile` to what is asked for or, if nothing is, fits the device.
+def resolve_compile(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """Set `args.compile` to whether this run is compiled.
 
     Returns:
-        What a user has to know.
+        Messages for the user.
 
     Raises:
-        UsageError: a flag asks for what only compiled code, or only a GPU, can do.
+        UsageError: a flag needs compilation or a GPU, and the run has none.
     """
     if args.compile is None:
         args.compile = device.type == "cuda"
     if args.cuda_graphs and (device.type != "cuda" or distributed.world_size() > 1 or args.accum_steps > 1):
-        raise UsageError("--cuda-graphs: only on one GPU and with --accum-steps 1; leave it out")
-    for flag, wanted in (("--cuda-graphs", args.cuda_graphs), ("--activation-budget", args.activation_budget < 1)):
-        if wanted and not args.compile:
-            raise UsageError(f"{flag}: works by compilation; add --compile")
+        raise UsageError("--cuda-graphs: only on one GPU and with --accum-steps 1; omit it")
+    for flag, is_set in (("--cuda-graphs", args.cuda_graphs), ("--activation-budget", args.activation_budget < 1)):
+        if is_set and not args.compile:
+            raise UsageError(f"{flag}: only with compilation; add --compile")
     if not args.compile:
         return []
-    # All ranks or none: compiled ranks exchange other things than plain ones.
-    obstacles = distributed.all_gather_object(_obstacle(device))
-    if not any(obstacles):
-        return ["compiling: the first step takes a minute or more, or seconds where it was compiled before"]
+    # All ranks or none, because compiled and eager code have different collectives.
+    errors = distributed.all_gather_object(_compile_error(device))
+    if not any(errors):
+        return ["compiling: the first step takes a minute or more, or seconds if it is in the compiler's cache"]
     args.compile = False
-    lost = "and slower for it" if args.activation_budget == 1 else "so slower, and all activations are kept"
-    return [f"not compiled, {lost}: {next(filter(None, obstacles))}"]
+    cost = "slower" if args.activation_budget == 1 else "slower, and with all activations in memory"
+    return [f"not compiled, therefore {cost}: {next(filter(None, errors))}"]
 
 
-def _obstacle(device: torch.device) -> str:
-    """Why nothing can be compiled for `device` here, or nothing."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it wonders at CUDA without a GPU
+def _compile_error(device: torch.device) -> str:
+    """Return why code cannot be compiled for `device`, or an empty string."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA without a GPU
     try:
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device, requires_grad=True)).sum().backward()
-    except Exception as error:  # a compiler is missing, or Triton does not know the GPU: every version raises its own
+    except Exception as error:  # a missing compiler and an unsupported GPU raise different exceptions by version
         torch.compiler.reset()
         return next(line for line in str(error).splitlines() if line.strip())
     return ""
 
 
-def compile_method(method: Method, args: argparse.Namespace) -> None:
-    """Compile the method's parts in place, at their first use.
+def compile_methods(module: nn.Module, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Compile the methods `names` of a module in place, at their first call.
 
-    With one process, what cannot be compiled then is run as it is, with a warning. With several it is an error.
+    With one process, code that cannot be compiled then runs eagerly, with a warning. With several it is an error.
     """
     torch._dynamo.config.suppress_errors = distributed.world_size() == 1
     torch._functorch.config.activation_memory_budget = args.activation_budget
     mode = "reduce-overhead" if args.cuda_graphs else "default"
-    for name in method.compiled:
-        setattr(method, name, torch.compile(getattr(method, name), mode=mode, dynamic=False))
+    for name in names:
+        setattr(module, name, torch.compile(getattr(module, name), mode=mode, dynamic=False))

@@ -1,4 +1,4 @@
-"""Which device, which precision, how many workers."""
+"""Choose device, precision and number of loader workers."""
 
 import argparse
 import os
@@ -12,19 +12,21 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """This process's device; `args.device` and `args.amp` are set to what was chosen.
+    """Return the device of this process, and set `args.device` and `args.amp` to what was chosen.
 
     Raises:
-        UsageError: a GPU was asked for and is not there, or is not used.
+        UsageError: a GPU is requested and missing, or a flag needs a GPU and the run is on the CPU.
     """
     gpus = torch.cuda.device_count()
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
     if args.device == "cuda" and not gpus:
-        raise UsageError("--device cuda: there is no GPU here; use --device cpu")
+        raise UsageError("--device cuda: no GPU found; use --device cpu")
     if args.device == "cuda" and distributed.local_world_size() > gpus:
-        raise UsageError(f"--device cuda: {distributed.local_world_size()} processes here and {gpus} GPUs; use fewer")
-    if args.device != "cuda" and getattr(args, "decode", "cpu") == "gpu":  # not every command has --decode
+        raise UsageError(
+            f"--device cuda: {distributed.local_world_size()} processes on a node with {gpus} GPUs; use fewer"
+        )
+    if args.device != "cuda" and getattr(args, "decode", "cpu") == "gpu":  # some commands have no --decode
         raise UsageError(f"--decode gpu: the run is on the {args.device.upper()}; use --decode cpu")
     if args.amp is None:
         args.amp = _best_precision(args.device)
@@ -33,7 +35,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    # TF32 rounds the factors of a product to 10 bits, the networks' types to 7 or 10.
+    # TF32 keeps 10 bits of the mantissa, bfloat16 7 and float16 10.
     torch.set_float32_matmul_precision("highest" if args.amp == "off" else "high")
     torch.backends.cudnn.allow_tf32 = args.amp != "off"
     return device
@@ -46,11 +48,11 @@ def _best_precision(device: str) -> str:
 
 
 def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """The type that autocast uses; None for float32 throughout."""
+    """Return the dtype of autocast; None for float32."""
     return _DTYPES[args.amp]
 
 
-def loader_workers(wanted: int) -> int:
-    """No more workers than this process's share of the cores: views do not depend on their number."""
+def loader_workers(requested: int) -> int:
+    """Limit the number of loader workers to the share of this process in the CPU cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, max(1, cores // distributed.local_world_size()))
+    return min(requested, max(1, cores // distributed.local_world_size()))

@@ -1,4 +1,4 @@
-"""Processes and what they exchange; every function works with one process, with gloo and with NCCL."""
+"""Distributed training: process group, collectives and DDP; every function works with one process, gloo and NCCL."""
 
 import inspect
 import os
@@ -18,39 +18,39 @@ from utils.errors import UsageError
 
 
 def rank() -> int:
-    """This process's number: 0 with one process."""
+    """Return the global rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return the rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """How many processes there are on this machine."""
+    """Return the number of processes on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def world_size() -> int:
-    """How many processes there are on all machines."""
+    """Return the number of processes on all nodes."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files and speaks to the user."""
+    """Whether this is the process of rank 0, which writes files and logs."""
     return rank() == 0
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes that torchrun launched: NCCL between GPUs, gloo between CPUs."""
+def initialize(device: torch.device) -> None:
+    """Initialize the process group that torchrun launched: NCCL on GPUs, gloo on CPUs."""
     if world_size() > 1:
         gpu = device.type == "cuda"
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
 
 
-def stop() -> None:
-    """Leave the process group."""
+def shutdown() -> None:
+    """Destroy the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -61,11 +61,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-# Functional collectives return at once, and their result waits for itself when it is first used. Nor do they write
-# into a tensor that exists: torch 2.11 compiles an autograd function that does so, in its forward, to wrong gradients.
+# Functional collectives are asynchronous: their result waits for completion when it is first used. Nor do they write
+# into an existing tensor: torch 2.11 computes wrong gradients when it compiles an autograd function that does.
 
-_gather = getattr(functional, "all_gather_single", functional.all_gather_tensor)  # its name from torch 2.15 on
-_finished = functional.wait_tensor
+_all_gather_single = getattr(functional, "all_gather_single", functional.all_gather_tensor)  # renamed in torch 2.15
+_wait = functional.wait_tensor
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _all_reduce(tensor: Tensor) -> Tensor:
 
 
 def _all_gather(tensor: Tensor) -> Tensor:
-    return _gather(tensor.detach().contiguous(), 0, _world())
+    return _all_gather_single(tensor.detach().contiguous(), 0, _world())
 
 
 def _world() -> dist.ProcessGroup:
@@ -82,17 +82,17 @@ def _world() -> dist.ProcessGroup:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, without gradient; the argument stays as it is."""
-    return _finished(_all_reduce(tensor)) if dist.is_initialized() else tensor
+    """Return the sum over ranks, without gradient; the argument is not changed."""
+    return _wait(_all_reduce(tensor)) if dist.is_initialized() else tensor
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over ranks, without gradient; under way until the result is first used."""
+    """Return the mean over ranks, without gradient; asynchronous until the result is used."""
     return _all_reduce(tensor / world_size()) if dist.is_initialized() else tensor
 
 
 def all_reduce_with_gradient(tensor: Tensor) -> Tensor:
-    """Sum over ranks; the gradient is summed as well."""
+    """Return the sum over ranks; the gradient is summed over ranks as well."""
     return _AllReduce.apply(tensor) if dist.is_initialized() else tensor
 
 
@@ -107,66 +107,68 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """All ranks' tensors (N, ...) one after the other, (ranks * N, ...), without gradient.
+    """Concatenate the tensors (N, ...) of all ranks to (ranks * N, ...), without gradient.
 
-    Under way until the result is first used.
+    Asynchronous until the result is used.
     """
     return _all_gather(tensor) if dist.is_initialized() else tensor.detach()
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
-    """The same with gradient, which sums over ranks."""
+    """Concatenate the tensors of all ranks; the gradient is summed over ranks."""
     return _AllGather.apply(tensor) if dist.is_initialized() else tensor
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return _finished(_all_gather(tensor))
+        return _wait(_all_gather(tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return all_reduce_sum(gradient).chunk(world_size())[rank()]
 
 
-def all_gather_object(thing: Any) -> list[Any]:
-    """All ranks' picklable objects, in the order of the ranks."""
+def all_gather_object(value: Any) -> list[Any]:
+    """Return the picklable objects of all ranks in the order of ranks."""
     if not dist.is_initialized():
-        return [thing]
-    things: list[Any] = [None] * world_size()
-    dist.all_gather_object(things, thing)
-    return things
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def agree(flags: str, fact: object) -> None:
-    """Make sure that `fact`, which follows from `flags`, is the same on all ranks.
+def check_same_on_all_ranks(flags: str, value: object) -> None:
+    """Check that `value`, which follows from `flags`, is the same on all ranks.
 
     Raises:
         UsageError: on every rank, if it is not.
     """
-    if len({repr(other) for other in all_gather_object(fact)}) > 1:
-        raise UsageError(f"{flags}: not the same on all machines; give each of them the same files and flags")
+    if len({repr(other) for other in all_gather_object(value)}) > 1:
+        raise UsageError(f"{flags}: not the same on all nodes; give each of them the same files and flags")
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with its gradients averaged over ranks."""
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap the model in DDP, which averages its gradients over ranks; with one process return the model itself."""
     if not dist.is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    )  # until torch 2.14
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep gradients on their ranks: for all batches of a step but the last."""
+    """Skip the averaging of gradients, for all batches of an accumulated step but the last."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def exit_with_error(message: str, status: int = 2) -> NoReturn:
-    """End the process with one line on stderr.
+    """Exit with one line on stderr.
 
-    torchrun stops all ranks as soon as one has ended; the others therefore wait until rank 0 has spoken.
+    torchrun stops all ranks as soon as one exits, so the other ranks wait until rank 0 has printed its message.
     """
     if not is_main_process():
         time.sleep(3)

@@ -1,5 +1,5 @@
-"""The one error that users cause and can cure."""
+"""The error for invalid input."""
 
 
 class UsageError(Exception):
-    """Bad input, said in one line that names the flag and the cure; a command ends on it with exit status 2."""
+    """Invalid input, described in one line that names the flag and what to do; commands exit with status 2."""

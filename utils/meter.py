@@ -1,7 +1,8 @@
-"""Averages between two reports, kept on the device and read once."""
+"""Averages between two reports, accumulated on the device and read once per report."""
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,113 +10,137 @@ from torch import Tensor
 from utils import distributed
 from utils.batch import Batch
 from utils.errors import UsageError
-from models.slot_health import SlotHealth
 
-_STREAK = 10  # non-finite steps in a row that stop a run
-_UNREADABLE = 0.01  # share of the images that may be unreadable
+_MOST_BAD_STEPS = 10
+"""Consecutive steps without a finite loss after which a run stops."""
+_MOST_UNREADABLE = 0.01
+"""Share of unreadable images above which a run stops."""
+
+
+class Monitor(Protocol):
+    """Statistics of the outputs of a method that are not averages."""
+
+    def update(self, outputs: list[dict[str, Tensor]]) -> None:
+        """Take the outputs of the batches of one optimizer step, and remove what must not be averaged."""
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return scalars to log, over all ranks."""
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """Return warnings for the user, given the metrics of a report."""
 
 
 class Meter:
-    """Sums a method's outputs, watches the data, and reads the device once a report."""
+    """Average the outputs of a method and the timing of the loader between reports."""
 
-    def __init__(self, device: torch.device, images: int, steps_per_epoch: int):
-        self.device, self.images = device, images
-        self.health = SlotHealth(steps_per_epoch)
+    def __init__(self, device: torch.device, num_images: int, monitor: Monitor | None = None):
+        self.device, self.num_images, self.monitor = device, num_images, monitor
         self.unreadable: list[str] = []
-        """All files known to be unreadable, on any rank."""
-        self._new: set[str] = set()
-        self._streak = 0
+        """All files known to be unreadable, of any rank."""
+        self._new_unreadable: set[str] = set()
+        self._bad_steps = 0
         self._reset()
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counted = torch.zeros((), device=self.device)
-        self._bad: list[Tensor] = []
-        self._steps, self._waited, self._seen = 0, 0.0, 0
-        self._since = time.monotonic()
+        self._steps_ok = torch.zeros((), device=self.device)
+        self._flags: list[Tensor] = []
+        self._steps, self._wait_seconds, self._images = 0, 0.0, 0
+        self._start = time.monotonic()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; how long they let one wait counts as waiting for data."""
-        remaining = iter(batches)
+        """Yield the batches, and measure the time spent waiting for them."""
+        iterator = iter(batches)
         while True:
-            began = time.monotonic()
-            batch = next(remaining, None)
-            self._waited += time.monotonic() - began
+            start = time.monotonic()
+            batch = next(iterator, None)
+            self._wait_seconds += time.monotonic() - start
             if batch is None:
                 return
             yield batch
 
-    def saw(self, batch: Batch) -> None:
-        """A batch that is worked on."""
-        self._seen += len(batch.index)
-        self._new.update(set(batch.unreadable) - set(self.unreadable))
+    def record_batch(self, batch: Batch) -> None:
+        """Count the images and the unreadable files of a batch."""
+        self._images += len(batch.index)
+        self._new_unreadable.update(set(batch.unreadable) - set(self.unreadable))
 
     @torch.no_grad()
-    def add(self, outputs: list[dict[str, Tensor]], gradient_norm: Tensor, go: Tensor, bad: Tensor) -> None:
-        """One optimizer step: the outputs of its batches, its gradient's norm, and what `FiniteGuard` says of it."""
-        if "slot_positions" in outputs[0]:
-            self.health.add(torch.stack([output.pop("slot_positions") for output in outputs]).sum(dim=0))
+    def record_step(
+        self, outputs: list[dict[str, Tensor]], gradient_norm: Tensor, step_ok: Tensor, bad_ranks: Tensor
+    ) -> None:
+        """Accumulate an optimizer step: the outputs of its batches, and what `FiniteGuard.end_step` returned."""
+        if self.monitor is not None:
+            self.monitor.update(outputs)
         for name in outputs[0]:
-            self._sum(name, torch.stack([output[name].detach().float() for output in outputs]).mean(), go)
-        self._sum("gradient_norm", gradient_norm, go)
-        self._counted = self._counted + go
-        self._bad += [bad, go[None]]
+            self._accumulate(name, torch.stack([output[name].detach().float() for output in outputs]).mean(), step_ok)
+        self._accumulate("optim/gradient_norm", gradient_norm, step_ok)
+        self._steps_ok = self._steps_ok + step_ok
+        self._flags += [bad_ranks, step_ok[None]]
         self._steps += 1
 
-    def _sum(self, name: str, value: Tensor, go: Tensor) -> None:
-        kept = torch.where(go > 0, value, 0)
-        self._sums[name] = self._sums[name] + kept if name in self._sums else kept
+    def _accumulate(self, name: str, value: Tensor, step_ok: Tensor) -> None:
+        value = torch.where(step_ok > 0, value, 0)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def read(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Averages over ranks since the last call, after `step` optimizer steps, and what a user has to know.
+        """Read the averages over ranks since the last call, after `step` optimizer steps.
+
+        Returns:
+            The metrics by name, and messages for the user.
 
         Raises:
-            UsageError: too many non-finite steps in a row, or too many unreadable images.
+            UsageError: too many consecutive steps were not finite, or too many images are unreadable.
         """
         names = list(self._sums)
-        host = torch.tensor([self._seen, self._waited, len(self._new)], dtype=torch.float32)
+        host = torch.tensor([self._images, self._wait_seconds, len(self._new_unreadable)], dtype=torch.float32)
         local = torch.cat([torch.stack(list(self._sums.values())), host.to(self.device, non_blocking=True)])
         total = distributed.all_reduce_sum(local)
-        slots = self.health.read()
-        values = torch.cat([total, self._counted[None], *self._bad]).tolist()
-        elapsed, ranks = time.monotonic() - self._since, distributed.world_size()
+        monitored = self.monitor.compute() if self.monitor is not None else {}
+        values = torch.cat([total, self._steps_ok[None], *self._flags]).tolist()
+        elapsed, ranks = time.monotonic() - self._start, distributed.world_size()
 
-        sums, (seen, waited, new, counted) = values[: len(names)], values[len(names) : len(names) + 4]
+        sums, (images, wait_seconds, new_unreadable, steps_ok) = values[: len(names)], values[len(names) :][:4]
         flags = values[len(names) + 4 :]
-        notes = self._non_finite(flags, step - self._steps, ranks) + (self._exchange_unreadable() if new else [])
-        metrics = {name: value / ranks / counted if counted else float("nan") for name, value in zip(names, sums)}
-        if len(slots):
-            metrics |= dict(zip(("prototypes_used", "largest_slot"), slots.tolist()))
-            notes += self.health.warnings(metrics)
-        metrics |= {"images_per_second": seen / elapsed, "data_wait": waited / ranks / elapsed}
-        metrics |= {"skipped_steps": self._steps - counted, "unreadable_images": len(self.unreadable)}
+        messages = self._report_bad_steps(flags, step - self._steps, ranks)
+        messages += self._exchange_unreadable() if new_unreadable else []
+        metrics = {name: value / ranks / steps_ok if steps_ok else float("nan") for name, value in zip(names, sums)}
+        if self.monitor is not None and monitored:
+            metrics |= dict(zip(monitored, torch.stack(list(monitored.values())).tolist()))
+            messages += self.monitor.warnings(metrics)
+        metrics |= {
+            "optim/skipped_steps": self._steps - steps_ok,
+            "speed/images_per_second": images / elapsed,
+            "speed/data_wait": wait_seconds / ranks / elapsed,
+            "data/unreadable_images": len(self.unreadable),
+        }
         self._reset()
-        return metrics, notes
+        return metrics, messages
 
-    def _non_finite(self, flags: list[float], first: int, ranks: int) -> list[str]:
-        notes = []
+    def _report_bad_steps(self, flags: list[float], first_step: int, ranks: int) -> list[str]:
+        messages = []
         for number in range(self._steps):
-            *bad, go = flags[number * (ranks + 1) :][: ranks + 1]
-            self._streak = 0 if go else self._streak + 1
-            if go:
+            *bad_ranks, step_ok = flags[number * (ranks + 1) :][: ranks + 1]
+            self._bad_steps = 0 if step_ok else self._bad_steps + 1
+            if step_ok:
                 continue
-            ranks_with = ", ".join(str(rank) for rank in range(ranks) if bad[rank])
-            what = f"the loss on rank {ranks_with}" if ranks_with else "the gradient"
-            notes.append(f"step {first + number}: {what} was not finite; step left out")
-            if self._streak == _STREAK:
+            names = ", ".join(str(rank) for rank in range(ranks) if bad_ranks[rank])
+            cause = f"the loss on rank {names}" if names else "the gradient"
+            messages.append(f"step {first_step + number}: {cause} was not finite; step skipped")
+            if self._bad_steps == _MOST_BAD_STEPS:
                 raise UsageError(
-                    f"step {first + number}: {what} was not finite, the last of {_STREAK} such steps in a row; "
-                    "go on from the last checkpoint with a lower --base-lr or another --amp"
+                    f"step {first_step + number}: {cause} was not finite, the last of {_MOST_BAD_STEPS} such steps in "
+                    "a row; resume from the last checkpoint with a lower --base-lr or another --amp"
                 )
-        return notes
+        return messages
 
     def _exchange_unreadable(self) -> list[str]:
-        new = sorted({name for names in distributed.all_gather_object(sorted(self._new)) for name in names})
+        gathered = distributed.all_gather_object(sorted(self._new_unreadable))
+        new = sorted({name for names in gathered for name in names})
         self.unreadable += new
-        self._new.clear()
-        if len(self.unreadable) > _UNREADABLE * self.images:
+        self._new_unreadable.clear()
+        if len(self.unreadable) > _MOST_UNREADABLE * self.num_images:
             raise UsageError(
-                f"--data-dir: {len(self.unreadable)} of {self.images} images cannot be read, more than 1 %; "
-                f"mend or remove {', '.join(self.unreadable)}"
+                f"--data-dir: {len(self.unreadable)} of {self.num_images} images are unreadable, more than 1 %; "
+                f"repair or remove {', '.join(self.unreadable)}"
             )
-        return [f"cannot be read, another image takes its place: {name}" for name in new]
+        return [f"unreadable, replaced by another image: {name}" for name in new]

@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, log.txt, metrics.jsonl, TensorBoard."""
+"""Logging of a run: progress bar, log.txt, metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -14,14 +14,14 @@ from tqdm import tqdm
 from utils.errors import UsageError
 
 Metrics = dict[str, float]
-_BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left"
 
 
 class RunLog:
-    """Writes the run folder's records and shows the progress; on ranks other than 0 it does nothing.
+    """Write the records of a run and show its progress; does nothing on ranks other than 0.
 
-    On a terminal the progress is a bar, elsewhere a line a report. TensorBoard's axis is the epoch times 1000, so
-    that runs of different batch sizes lie over each other.
+    The progress is a bar on a terminal, and one line per report elsewhere. The step axis of TensorBoard is the epoch
+    times 1000, so that curves of different batch sizes can be compared.
     """
 
     def __init__(self, folder: Path, total_steps: int, start_step: int, steps_per_epoch: int, active: bool):
@@ -36,7 +36,9 @@ class RunLog:
             self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
             self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
         except OSError as error:
-            raise UsageError(f"--output-dir {folder}: cannot be written ({error.strerror}); use another") from None
+            raise UsageError(
+                f"--output-dir {folder}: cannot be written ({error.strerror}); use another folder"
+            ) from None
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps, initial=start_step, disable=quiet, bar_format=_BAR, desc="start", dynamic_ncols=True
@@ -49,8 +51,8 @@ class RunLog:
     def _axis(self, step: int) -> int:
         return round(step / self.steps_per_epoch * 1000)
 
-    def say(self, message: str) -> None:
-        """One or more lines for the user and log.txt."""
+    def info(self, message: str) -> None:
+        """Print one or more lines, and write them to log.txt."""
         if self.active:
             self._write(message)
             tqdm.write(message, file=sys.stderr)
@@ -59,24 +61,24 @@ class RunLog:
         for line in message.splitlines():
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def advance(self, step: int) -> None:
-        """Move the bar to `step` optimizer steps done."""
+    def update_progress(self, step: int) -> None:
+        """Set the progress bar to `step` completed optimizer steps."""
         if self.active:
             self._bar.update(step - self._bar.n)
 
-    def report(self, step: int, metrics: Metrics, notes: list[str]) -> None:
-        """Record the metrics after `step` optimizer steps and show them, after what a user has to know."""
+    def log_metrics(self, step: int, metrics: Metrics, messages: list[str]) -> None:
+        """Print the messages, then record and show the metrics after `step` optimizer steps."""
         if not self.active:
             return
-        for note in notes:
-            self.say(note)
+        for message in messages:
+            self.info(message)
         self._first = self._first or metrics
         self._last = metrics
         epoch = step / self.steps_per_epoch
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
         for name, value in metrics.items():
-            self._board.add_scalar(_board_name(name), value, self._axis(step))
+            self._board.add_scalar(name, value, self._axis(step))
         text = summary(metrics)
         self._write(f"step {step} epoch {epoch:.2f}: {text}")
         self._bar.set_description_str(f"epoch {math.ceil(epoch)}/{self.total_steps // self.steps_per_epoch}", False)
@@ -86,27 +88,30 @@ class RunLog:
             left = elapsed / max(1, step - self._start_step) * (self.total_steps - step)
             print(f"step {step}/{self.total_steps}, {_clock(left)} left: {text}", file=sys.stderr, flush=True)
 
-    def picture(self, step: int, name: str, image: Tensor) -> None:
-        """An image (3, H, W) uint8 for TensorBoard."""
+    def add_image(self, step: int, name: str, image: Tensor) -> None:
+        """Add an image (3, H, W) uint8 to TensorBoard."""
         if self.active:
             self._board.add_image(name, image, self._axis(step))
 
     def finish(self) -> None:
-        """Close the bar, and say what was learned from the first report to the last, and where everything lies."""
+        """Close the progress bar, and print how the metrics changed and where the results are."""
         if not self.active:
             return
         self._close_bars()
-        learned = [name for name in self._last if name.startswith(("loss", "prototypes_used", "slots", "probe"))]
-        for name in learned:
+        shown = [
+            name
+            for name in self._last
+            if name.startswith(("loss", "slots/prototypes_used", "slots/per_image", "probe"))
+        ]
+        for name in shown:
             first = f"{self._first[name]:.3f} -> " if name in self._first else ""
-            self.say(f"{name:<16}  {first}{self._last[name]:.3f}")
-        figure = self.folder / "slots.png"
-        took = f"{self.total_steps - self._start_step} steps in {_clock(time.monotonic() - self._started)}"
-        self.say(f"done              {took}" if learned else "nothing was left to do")
-        self.say(f"weights           {self.folder / 'current.pth'}")
-        if figure.exists():
-            self.say(f"figure            {figure}")
-        self.say(f"curves, pictures  tensorboard --logdir {self.folder}")
+            self.info(f"{name:<21}  {first}{self._last[name]:.3f}")
+        elapsed = f"{self.total_steps - self._start_step} steps in {_clock(time.monotonic() - self._started)}"
+        self.info(f"{'finished':<21}  {elapsed}" if shown else "nothing left to train: the checkpoint has all epochs")
+        self.info(f"{'checkpoint':<21}  {self.folder / 'current.pth'}")
+        if (self.folder / "slots.png").exists():
+            self.info(f"{'slot maps':<21}  {self.folder / 'slots.png'}")
+        self.info(f"{'TensorBoard':<21}  tensorboard --logdir {self.folder}")
 
     def _close_bars(self) -> None:
         self._status.close()
@@ -116,7 +121,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Flush and close all files; what ended the run early goes into log.txt as well."""
+        """Close all files; an error that ended the run is written to log.txt."""
         if self.active:
             if error is not None:
                 self._write(f"stopped: {str(error) or type(error).__name__}")
@@ -127,28 +132,23 @@ class RunLog:
 
 
 def summary(metrics: Metrics) -> str:
-    """The metrics that a person watches, in one line."""
-    parts = " ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("loss_"))
+    """Format the most important metrics in one line."""
+    terms = " ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("loss/"))
     return (
-        f"loss {metrics['loss']:.3f} ({parts}) lr {metrics['lr']:.3g}, {metrics['images_per_second']:.0f} img/s, "
-        f"wait {100 * metrics['data_wait']:.0f}%, {metrics['memory_gib']:.1f} GiB"
+        f"loss {metrics['loss']:.3f} ({terms}) lr {metrics['optim/lr']:.3g}, "
+        f"{metrics['speed/images_per_second']:.0f} img/s, wait {100 * metrics['speed/data_wait']:.0f}%, "
+        f"{metrics['speed/memory_gib']:.1f} GiB"
     )
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: the device's for a GPU, this process's for the CPU."""
+    """Return the peak memory in GiB: of a GPU as allocated by torch, of the CPU as resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows, where GPUs are still fine
+    import resource  # does not exist on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _board_name(name: str) -> str:
-    slots = "slot" in name or "prototype" in name or name in ("positives", "assignment_entropy")
-    group = "loss" if name.startswith("loss") else "slots" if slots else "probe" if "probe" in name else "run"
-    return f"{group}/{name}"
 
 
 def _clock(seconds: float) -> str:
@@ -158,7 +158,7 @@ def _clock(seconds: float) -> str:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Forget what an interrupted run recorded beyond the checkpoint that it goes on from, and half a last line."""
+    """Delete the records of an interrupted run after step `step`, and an incomplete last line."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         temporary = path.with_name(f".{path.name}.tmp")
