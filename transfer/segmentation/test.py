@@ -1,68 +1,59 @@
-"""Evaluate a fine-tuned model with mmsegmentation: `mim_dist_test.sh CONFIG CHECKPOINT GPUS` calls this."""
+"""Evaluate a fine-tuned model with mmsegmentation; `mim_dist_test.sh CONFIG CHECKPOINT GPUS` runs this."""
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.segmentation import runs
+from transfer.results import write_json
+from transfer.segmentation import mm_config
+from transfer.segmentation.mm_weights import read_fine_tuned
 from utils import checkpoint, distributed
 from utils.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command: mistakes of the user end in one line and exit status 2."""
+    """Run the command; a usage error prints one line and exits with status 2."""
     try:
-        runs.import_mmseg()
-        said = "what the fine-tuning wrote, such as iter_30000.pth"
-        evaluate(runs.make_parser("Evaluate a fine-tuned model.", "CHECKPOINT", said).parse_args(argv))
+        mm_config.import_mmseg()
+        parser = mm_config.make_mmseg_parser(
+            "Evaluate a fine-tuned model.", "CHECKPOINT", "a checkpoint of a fine-tuning, such as iter_30000.pth"
+        )
+        evaluate(parser.parse_args(argv))
     except UsageError as error:
         distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with_error("stopped", status=130)
+        distributed.exit_with_error("interrupted", status=130)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """The config's metrics of a checkpoint, printed and in `test.json`; `results.json` is the training's.
+    """Evaluate a checkpoint with the config's metrics, and write them to `test.json` in the work folder.
 
     Raises:
-        UsageError: the checkpoint is not there, or not of the config's model.
+        UsageError: the checkpoint is missing, or not of the config's model.
     """
     from mmengine.model import is_model_wrapper
     from mmengine.runner import Runner
     from mmseg.registry import MODELS
 
-    config = runs.load_config(args)
-    state = read_fine_tuned(args.checkpoint)
+    cfg = mm_config.load_config(args)
+    state = read_fine_tuned(args.checkpoint, "CHECKPOINT")
     with torch.device("meta"):
-        expected = MODELS.build(config.model).state_dict()
-    if first := checkpoint.first_mismatch(state["state_dict"], expected):
-        raise UsageError(f"CHECKPOINT {args.checkpoint}: not a model of {args.config} ({first})")
-    runs.launch(args)
-    runner = Runner.from_cfg(config)
+        expected = MODELS.build(cfg.model).state_dict()
+    if mismatch := checkpoint.first_mismatch(state["state_dict"], expected):
+        raise UsageError(f"CHECKPOINT {args.checkpoint}: does not fit the model of {args.config} ({mismatch})")
+    mm_config.launch_distributed(args)
+    runner = Runner.from_cfg(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.load_state_dict(state["state_dict"])
     metrics = runner.test()
     if runner.rank == 0:
-        runs.write_results(Path(runner.work_dir) / "test.json", state["meta"]["iter"], metrics, {})
-
-
-def read_fine_tuned(path: Path) -> dict[str, Any]:
-    """Return a checkpoint that mmengine wrote during fine-tuning: `state_dict`, by the model's names, and `meta`.
-
-    Raises:
-        UsageError: it is missing, damaged, holds code (none of which runs), or is not mmengine's.
-    """
-    state = checkpoint.load(path, "CHECKPOINT")
-    meta = state.get("meta")
-    if "state_dict" not in state or not isinstance(meta, Mapping) or not isinstance(meta.get("iter"), int):
-        raise UsageError(f"CHECKPOINT {path}: not a checkpoint of a fine-tuning, such as iter_30000.pth")
-    return {"state_dict": checkpoint.extract_weights(state, f"CHECKPOINT {path}"), "meta": meta}
+        results = {"step": state["meta"]["iter"], "metrics": metrics, "pretrained": {}}
+        write_json(Path(runner.work_dir) / "test.json", results)
 
 
 if __name__ == "__main__":

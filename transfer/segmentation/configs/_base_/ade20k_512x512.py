@@ -1,4 +1,4 @@
-"""ADE20K: 20,210 images to train, 2,000 to test, 150 classes, crop 512."""
+"""ADE20K: 20,210 images for training, 2,000 for validation, 150 classes, crop size 512."""
 
 dataset_type = "ADE20KDataset"
 data_root = "data/ade/ADEChallengeData2016"
@@ -15,7 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    # after Resize: scores are compared with the labels at their own size
+    # after Resize, so that the metrics are computed at the labels' original size
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
 ]

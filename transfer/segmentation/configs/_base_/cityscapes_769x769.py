@@ -1,4 +1,4 @@
-"""Cityscapes' fine annotations: 2,975 images to train, 500 to test, 19 classes, crop 769."""
+"""Cityscapes with fine annotations: 2,975 images for training, 500 for validation, 19 classes, crop size 769."""
 
 dataset_type = "CityscapesDataset"
 data_root = "data/cityscapes"
@@ -15,7 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2049, 1025), keep_ratio=True),
-    # after Resize: scores are compared with the labels at their own size
+    # after Resize, so that the metrics are computed at the labels' original size
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]

@@ -1,4 +1,4 @@
-"""What every run shares: the runner's hooks, how it logs, and the total batch that train.py divides over the GPUs."""
+"""Settings of every run: hooks, logging, and the total batch size, which train.py divides over the GPUs."""
 
 default_scope = "mmseg"
 env_cfg = dict(
@@ -13,7 +13,7 @@ log_level = "INFO"
 load_from = None
 resume = False
 
-auto_scale_lr = dict(enable=False, base_batch_size=16)  # images a step over all GPUs
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # images per step, total of all GPUs
 
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -1,4 +1,4 @@
-"""MoCo's FCN (arXiv 1911.05722): stride 16, two convolutions of 256 channels and dilation 6, no auxiliary head."""
+"""FCN of MoCo (arXiv 1911.05722): output stride 16, two 3x3 convolutions with dilation 6, no auxiliary head."""
 
 _base_ = "./fcn_r50-d8.py"
 model = dict(

@@ -1,4 +1,4 @@
-"""FCN on a ResNet-50 of stride 8, with mmsegmentation's auxiliary head; a child sets the number of classes."""
+"""FCN on a ResNet-50 with output stride 8 and an auxiliary head; each config sets the number of classes."""
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
@@ -12,7 +12,7 @@ model = dict(
         seg_pad_val=255,
         size=(512, 512),
     ),
-    # ResNet, not mmsegmentation's usual ResNetV1c, whose stem is another one.
+    # ResNet and not mmsegmentation's default ResNetV1c, whose stem differs from torchvision's.
     backbone=dict(
         type="ResNet",
         depth=50,

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 with the extra annotations of SBD: 10,582 images to train, 1,449 to test, 21 classes, crop 513."""
+"""PASCAL VOC 2012 with SBD's annotations: 10,582 images for training, 1,449 for validation, 21 classes, crop size 513."""
 
 dataset_type = "PascalVOCDataset"
 data_root = "data/VOCdevkit/VOC2012"
@@ -15,7 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 513), keep_ratio=True),
-    # after Resize: scores are compared with the labels at their own size
+    # after Resize, so that the metrics are computed at the labels' original size
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]

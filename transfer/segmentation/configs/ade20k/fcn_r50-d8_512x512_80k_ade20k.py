@@ -1,4 +1,4 @@
-"""ADE20K with mmsegmentation's usual FCN: stride 8, auxiliary head, 80k steps of 16 images."""
+"""ADE20K with mmsegmentation's default FCN: output stride 8, auxiliary head, 80k iterations, batch size 16."""
 
 _base_ = ["../_base_/fcn_r50-d8.py", "../_base_/ade20k_512x512.py", "../_base_/default_runtime.py"]
 model = dict(decode_head=dict(num_classes=150), auxiliary_head=dict(num_classes=150))

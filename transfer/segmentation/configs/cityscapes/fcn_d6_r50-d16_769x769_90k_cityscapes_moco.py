@@ -1,4 +1,4 @@
-"""Cityscapes as MoCo evaluates on it: 90k steps of 16 images, learning rate 0.01, a tenth at 70 % and at 90 %."""
+"""Cityscapes with MoCo's FCN: 90k iterations, batch size 16, learning rate 0.01, divided by 10 after 70% and 90%."""
 
 _base_ = ["../_base_/fcn_d6_r50-d16.py", "../_base_/cityscapes_769x769.py", "../_base_/default_runtime.py"]
 model = dict(

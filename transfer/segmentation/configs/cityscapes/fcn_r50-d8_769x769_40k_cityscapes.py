@@ -1,4 +1,4 @@
-"""Cityscapes with mmsegmentation's usual FCN: stride 8, auxiliary head, 40k steps of 16 images."""
+"""Cityscapes with mmsegmentation's default FCN: output stride 8, auxiliary head, 40k iterations, batch size 16."""
 
 _base_ = ["../_base_/fcn_r50-d8.py", "../_base_/cityscapes_769x769.py", "../_base_/default_runtime.py"]
 model = dict(

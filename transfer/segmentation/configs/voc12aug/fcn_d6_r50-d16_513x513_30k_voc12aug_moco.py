@@ -1,4 +1,4 @@
-"""PASCAL VOC as MoCo evaluates on it: 30k steps of 16 images, learning rate 0.003, a tenth at 70 % and at 90 %."""
+"""PASCAL VOC with MoCo's FCN: 30k iterations, batch size 16, learning rate 0.003, divided by 10 after 70% and 90%."""
 
 _base_ = ["../_base_/fcn_d6_r50-d16.py", "../_base_/voc12aug_513x513.py", "../_base_/default_runtime.py"]
 model = dict(decode_head=dict(num_classes=21))

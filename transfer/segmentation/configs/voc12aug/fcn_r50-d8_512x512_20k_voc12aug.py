@@ -1,4 +1,4 @@
-"""PASCAL VOC with mmsegmentation's usual FCN: stride 8, auxiliary head, 20k steps of 16 images."""
+"""PASCAL VOC with mmsegmentation's default FCN: output stride 8, auxiliary head, 20k iterations, batch size 16."""
 
 _base_ = ["../_base_/fcn_r50-d8.py", "../_base_/voc12aug_512x512.py", "../_base_/default_runtime.py"]
 model = dict(decode_head=dict(num_classes=21), auxiliary_head=dict(num_classes=21))

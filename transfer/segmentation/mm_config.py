@@ -1,0 +1,161 @@
+"""Command line, mmsegmentation config and launch of train.py and test.py."""
+
+import argparse
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transfer.finetuning import data_root
+from utils import distributed
+from utils.config import make_parser
+from utils.device import loader_workers
+from utils.errors import UsageError
+from utils.files import check_writable
+
+
+def import_mmseg() -> None:
+    """Import mmsegmentation and register its models, data sets and transforms.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # about compiled operators that no config here uses
+            import_module("mmseg.utils").register_all_modules()
+    except Exception as error:  # incompatible versions raise errors of many types
+        reason = " ".join(str(error).split())
+        install = "pip install -r transfer/requirements-segmentation.txt"
+        raise UsageError(f"mmsegmentation cannot be imported ({reason}); {install}") from None
+
+
+def make_mmseg_parser(description: str, weights: str, weights_help: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that both commands have.
+
+    Args:
+        weights: the name of the second positional argument, in capitals.
+    """
+    from mmengine.config import DictAction
+
+    class ConfigOptions(DictAction):
+        def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+            try:
+                super().__call__(parser, *args)
+            except ValueError:
+                parser.error("--cfg-options: expected KEY=VALUE, such as train_cfg.max_iters=100")
+
+    parser = make_parser(description)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
+    parser.add_argument(weights.lower(), metavar=weights, type=Path, help=weights_help)
+    parser.add_argument(
+        "--work-dir", type=Path, help="output folder of logs, checkpoints and results (default: work_dirs/CONFIG_NAME)"
+    )
+    parser.add_argument("--gpus", type=int, help="number of GPUs, 0 for the CPU (default: 1 if there is one)")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=ConfigOptions,
+        metavar="KEY=VALUE",
+        help="override config values, such as train_cfg.max_iters=100; auto_scale_lr.base_batch_size is the batch size",
+    )
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Any:
+    """Load the mmengine `Config` of a command, with its overrides, absolute data paths and batch size per GPU.
+
+    Raises:
+        UsageError: the config cannot be read, its data is not linked, its batch does not divide over the GPUs, or
+            --work-dir cannot be written.
+    """
+    from mmengine.config import Config
+
+    if not args.config.is_file():
+        raise UsageError(f"{args.config}: no such config; they are in transfer/segmentation/configs")
+    if any(key.endswith("train_dataloader.batch_size") for key in args.cfg_options or {}):
+        raise UsageError(
+            "--cfg-options train_dataloader.batch_size: set auto_scale_lr.base_batch_size, the total of all GPUs"
+        )
+    try:
+        cfg = Config.fromfile(str(args.config))
+        cfg.merge_from_dict(args.cfg_options or {})
+    except Exception as error:  # a config is Python code and can raise anything
+        raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
+    cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
+    check_writable("--work-dir", Path(cfg.work_dir), overwrite=True, folder=True)
+    cfg.launcher = "pytorch" if "RANK" in os.environ else "none"
+    _set_data_roots(cfg, data_root("segmentation"))
+    _set_loaders(cfg, _count_processes(args))
+    return cfg
+
+
+def launch_distributed(args: argparse.Namespace) -> None:
+    """Replace this process by torchrun on the same command line if --gpus asks for several GPUs.
+
+    It is called after all checks, so that a wrong command line ends in one line and not in torchrun's report.
+    """
+    if args.gpus and args.gpus > 1 and "RANK" not in os.environ:
+        port = os.environ.get("MASTER_PORT", "29501")
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.gpus), "--master_port", port]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def _count_processes(args: argparse.Namespace) -> int:
+    """Return the number of processes that share a batch.
+
+    Raises:
+        UsageError: --gpus is more than this machine has.
+    """
+    if "RANK" in os.environ:
+        return distributed.world_size()
+    available = torch.cuda.device_count()
+    if args.gpus is not None and not 0 <= args.gpus <= available:
+        raise UsageError(f"--gpus {args.gpus}: this machine has {available}; 0 trains on the CPU")
+    return max(args.gpus or 1, 1)
+
+
+def _set_data_roots(cfg: Any, root: Path) -> None:
+    """Make the `data_root` of each data set, given relative to `data`, a path below `root`.
+
+    Raises:
+        UsageError: a folder or list of files of a data set does not exist.
+    """
+    for dataset in _find_datasets([cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader]):
+        folder = Path(dataset.data_root)
+        if folder.parts[0] == "data":
+            folder = root.joinpath(*folder.parts[1:])
+        dataset.data_root = str(folder)
+        for path in (folder / part for part in (*dataset.data_prefix.values(), dataset.get("ann_file", ""))):
+            if not path.exists():
+                raise UsageError(
+                    f"{path} does not exist; link the data below {root} as described in transfer/README.md"
+                )
+
+
+def _find_datasets(configs: Any) -> Iterator[Any]:
+    """Yield the config of each data set, also of those inside a ConcatDataset or RepeatDataset."""
+    for cfg in configs if isinstance(configs, Sequence) else [configs]:
+        if "data_root" in cfg:
+            yield cfg
+        for key in ("dataset", "datasets"):
+            if key in cfg:
+                yield from _find_datasets(cfg[key])
+
+
+def _set_loaders(cfg: Any, processes: int) -> None:
+    """Set each process's share of the total batch, `auto_scale_lr.base_batch_size`, and of the CPU cores."""
+    batch_size = cfg.auto_scale_lr.base_batch_size
+    if batch_size % processes:
+        raise UsageError(f"a batch of {batch_size} does not divide over {processes} GPUs; use another number of GPUs")
+    cfg.train_dataloader.batch_size = batch_size // processes
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.num_workers = loader_workers(loader.num_workers) if loader.num_workers else 0
+        loader.persistent_workers = loader.num_workers > 0
