@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from models.precision import upcast
 from utils.batch import Batch
 
 
@@ -51,16 +52,17 @@ def align(
         output_size: rows and columns of the result, by default those of the maps; square where views are rotated.
 
     Returns:
-        (B, C, *output_size) float32.
+        (B, C, *output_size) float32, or float64 for maps of float64.
     """
     height, width = maps.shape[2:]
     out_height, out_width = output_size or (height, width)
-    x0, y0, x1, y1 = boxes.unbind(1)
+    maps = upcast(maps)
+    x0, y0, x1, y1 = boxes.to(maps.dtype).unbind(1)
     rows, columns = _sampling_matrix(y0, y1, height, out_height), _sampling_matrix(x0, x1, width, out_width)
     if rotations is None:
         columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     with torch.autocast(maps.device.type, enabled=False):
-        aligned = torch.einsum("biy,bcyx,bjx->bcij", rows, maps.float(), columns)
+        aligned = torch.einsum("biy,bcyx,bjx->bcij", rows, maps, columns)
     if rotations is None:
         return aligned
     aligned = _undo_rotation(aligned, rotations)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.precision import upcast
+
 _EPS = 1e-12
 
 
@@ -20,8 +22,8 @@ def prototype_scores(features: Tensor, prototypes: Tensor) -> Tensor:
         (B, K, H, W) float32.
     """
     with torch.autocast(features.device.type, enabled=False):
-        z = F.normalize(features.float(), dim=1, eps=_EPS)
-        p = F.normalize(prototypes.float(), dim=1, eps=_EPS)
+        z = F.normalize(upcast(features), dim=1, eps=_EPS)
+        p = F.normalize(upcast(prototypes), dim=1, eps=_EPS)
         return torch.einsum("kd,bdhw->bkhw", p, z)
 
 
@@ -39,8 +41,8 @@ def pool_slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
         (B, K, D) float32.
     """
     with torch.autocast(features.device.type, enabled=False):
-        attention = (scores.float() / temperature).softmax(dim=1) + 1e-6
-        total = torch.einsum("bdhw,bkhw->bkd", features.float(), attention)
+        attention = (upcast(scores) / temperature).softmax(dim=1) + 1e-6
+        total = torch.einsum("bdhw,bkhw->bkd", upcast(features), attention)
         return total / attention.sum(dim=(2, 3)).unsqueeze(2)
 
 

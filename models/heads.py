@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.precision import upcast
 from utils.distributed import all_reduce_with_gradient
 
 
@@ -95,10 +96,10 @@ class RowBatchNorm(nn.Module):
             The normalized rows in the type of `rows` (statistics are float32), zeros where not valid; and which are
             valid (N,): those of `mask`, or none where there are too few for statistics.
         """
-        x = rows.float()
+        x = upcast(rows)
         if self.training:
             keep = mask[:, None]
-            count = self._sum_over_ranks(mask.sum().float())
+            count = self._sum_over_ranks(mask.sum().to(x.dtype))
             mean = self._sum_over_ranks(torch.where(keep, x, 0).sum(0)) / count.clamp(min=1)
             variance = self._sum_over_ranks(torch.where(keep, x - mean, 0).square().sum(0)) / count.clamp(min=1)
             self._update_running_statistics(mean.detach(), variance.detach(), count)

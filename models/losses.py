@@ -1,10 +1,12 @@
-"""Losses: tensors in, scalar out, in float32 whatever the precision of the networks."""
+"""Losses: tensors in, scalar out, in float32 under mixed precision."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.precision import upcast
 
 _BLOCK = 2**26
 """Largest number of query-key products held at a time (256 MiB), ..."""
@@ -28,8 +30,8 @@ def distillation(
         teacher_temp: temperature of the softmax of the teacher.
         valid: (B,) bool.
     """
-    target = ((teacher.detach().float() - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
-    log_probability = (student.float() / student_temp).log_softmax(dim=1)
+    target = ((upcast(teacher.detach()) - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
+    log_probability = (upcast(student) / student_temp).log_softmax(dim=1)
     per_image = -(target * log_probability).sum(dim=1).mean(dim=(1, 2))
     return torch.where(valid, per_image, 0).sum() / valid.sum().clamp(min=1)
 
@@ -50,8 +52,8 @@ def slot_contrast(
     Returns:
         The mean over the queries; 0 if there are none.
     """
-    query = F.normalize(queries.float(), dim=1, eps=1e-12)
-    key = F.normalize(keys.detach().float(), dim=1, eps=1e-12)
+    query = F.normalize(upcast(queries), dim=1, eps=1e-12)
+    key = F.normalize(upcast(keys.detach()), dim=1, eps=1e-12)
     with torch.autocast(queries.device.type, enabled=False):
         total = _InfoNCE.apply(query / temperature, query_mask, key, key_mask, positives)
     return 2 * temperature * total / query_mask.sum().clamp(min=1)
