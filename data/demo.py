@@ -1,8 +1,8 @@
-"""The built-in demo: procedural scenes with ground-truth masks, so that everything runs without a download.
+"""The demo dataset: procedural scenes with ground-truth masks, so that everything runs without a download.
 
-A scene is one or two grounds and two to six lit, textured objects that overlap and cast shadows. Form and
-pattern tell the class, color never does. Lengths are in short sides of the picture, x to the right and y
-down, so that a scene looks alike at every size of the same proportions; angles are in radians.
+A scene has one or two grounds and two to six lit, textured objects that overlap and cast shadows. The class of a
+surface determines its shape and texture, not its color. Lengths are in units of the shorter side of the image, x to the
+right and y down, so that a scene looks the same at every size of one aspect ratio; angles are in radians.
 """
 
 import json
@@ -20,14 +20,15 @@ from PIL import Image
 from utils.errors import UsageError
 
 Array = NDArray[np.float64]
-VERSION = 1  # of the pictures; a demo of another version is not used
+VERSION = 1
+"""Version of the drawing code; a demo drawn by another version is drawn again."""
 SPLITS = ("train", "val")
-TURN = 2 * np.pi
+TWO_PI = 2 * np.pi
 
 
 @cache
 def _noise_table() -> Array:
-    """(1024, 1024) cloud-like relief that tiles, its values spread evenly over 0..1."""
+    """Return a periodic cloud-like texture (1024, 1024) with values uniform in 0..1."""
     n = 1024
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(n, 1 / n), np.fft.fftfreq(n, 1 / n)))
     spectrum = np.fft.fft2(np.random.default_rng(0).standard_normal((n, n)))
@@ -36,7 +37,7 @@ def _noise_table() -> Array:
 
 
 def noise(x: Array, y: Array) -> Array:
-    """Relief 0..1 at any points; it repeats with period 1 and its largest lumps measure about 1/12."""
+    """Return periodic noise in 0..1 at any points, of period 1 and with features of at most about 1/12."""
     table = _noise_table()
     n = len(table)
     x, y = x * n, y * n
@@ -51,20 +52,20 @@ def noise(x: Array, y: Array) -> Array:
 
 
 def step(value: Array, softness: float) -> Array:
-    """0 where value is negative, 1 where positive, a ramp of width `softness` between."""
+    """Return 0 where value is negative, 1 where positive, with a linear ramp of width `softness` in between."""
     return np.clip(value / softness + 0.5, 0, 1)
 
 
 def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
-    """The points turned about the origin, from x towards y."""
+    """Rotate points around the origin, from x towards y."""
     return np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
 
 
-# Grounds: (x, y, u) -> height of the relief in short sides, mix of two colors around 0..1. u: 4 draws 0..1.
+# Grounds: (x, y, u) -> height of the relief, and the mix of two colors around 0..1. u: 4 random numbers in 0..1.
 
 
 def grass(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
-    """Blades are the ridges of noise stretched lengthwise; two layers lean against each other."""
+    """Blades of grass: ridges of stretched noise, in two layers that lean in opposite directions."""
     blades = np.zeros_like(x)
     for lean, shift in ((0.35, u[:2]), (-0.35, u[2:])):
         across, along = rotate(x, y, lean)
@@ -74,7 +75,7 @@ def grass(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 def tiles(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
-    """Beveled squares of many tones, with joints between them."""
+    """Beveled square tiles of different tones, with joints between them."""
     size = 0.15 + 0.1 * u[2]
     x, y = x / size + u[0], y / size + u[1]
     column, row = np.floor(x), np.floor(y)
@@ -85,26 +86,26 @@ def tiles(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
 
 
 def sand(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
-    """Wind ripples of fine grains."""
+    """Sand: ripples and fine grains."""
     warp = noise(0.06 * x + u[0], 0.06 * y + u[1])
     phase = (7 + 4 * u[2]) * y + 1.8 * warp
-    ripple = 0.5 + 0.5 * np.sin(TURN * phase + 0.7 * np.sin(TURN * phase))
+    ripple = 0.5 + 0.5 * np.sin(TWO_PI * phase + 0.7 * np.sin(TWO_PI * phase))
     grains = noise(1.3 * x + u[3], 1.3 * y)
     return 0.016 * ripple, 0.45 * ripple + 0.55 * grains
 
 
 def sky(x: Array, y: Array, u: Array) -> tuple[Array, Array]:
-    """Clouds before a gradient; the one ground that no shadow falls on."""
+    """Clouds over a gradient; objects cast no shadow on it."""
     clouds = noise(0.08 * x + u[0], 0.16 * y + u[1])
     return np.zeros_like(x), np.clip(0.5 * y + step(clouds - 0.65, 0.8), 0, 1)
 
 
 # Objects, in a unit circle: (x, y, u) -> signed distance to the outline, negative inside, and the mix of two
-# colors 0..1. u: one draw 0..1.
+# colors in 0..1. u: a random number in 0..1.
 
 
 def ball(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """A disc with dots, which crowd towards its rim."""
+    """A disc with dots, denser towards its rim."""
     bulge = 2.2 + 1.1 * np.minimum(x * x + y * y, 1)
     row = np.floor(bulge * y)
     dots = np.hypot((bulge * x + u + row / 2) % 1 - 0.5, bulge * y - row - 0.5)
@@ -112,13 +113,13 @@ def ball(x: Array, y: Array, u: float) -> tuple[Array, Array]:
 
 
 def ring(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """A ring wound with a band."""
+    """A ring with a spiral band."""
     radius, width = np.hypot(x, y), 0.2 + 0.1 * u
     return abs(radius - 1 + width) - width, step(np.sin(10 * np.arctan2(y, x) + 5 * radius), 0.5)
 
 
 def star(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """Five mottled points; the angle is folded onto half a point, where the outline is one straight line."""
+    """A mottled star with five points; by symmetry, its outline is one straight line in half a point."""
     half, inner = np.pi / 5, 0.4 + 0.12 * u
     radius, angle = np.hypot(x, y), abs((np.arctan2(y, x) + half) % (2 * half) - half)
     edge_x, edge_y = 1 - inner * np.cos(half), inner * np.sin(half)
@@ -127,7 +128,7 @@ def star(x: Array, y: Array, u: float) -> tuple[Array, Array]:
 
 
 def flower(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """Five to seven round petals about a core of the second color."""
+    """Five to seven round petals around a core of the second color."""
     half = np.pi / (5 + int(3 * u))
     radius, angle = np.hypot(x, y), (np.arctan2(y, x) + half) % (2 * half) - half
     petal = 1.15 * np.sin(half) / (1 + np.sin(half))
@@ -136,33 +137,33 @@ def flower(x: Array, y: Array, u: float) -> tuple[Array, Array]:
 
 
 def crescent(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """A moon with lines along it."""
+    """A crescent with concentric lines."""
     radius = np.hypot(x, y)
     bite = 0.78 - np.hypot(x - 0.42 - 0.12 * u, y)
-    return np.maximum(radius - 1, bite), step(np.sin(TURN * (5 * radius + u)), 0.5)
+    return np.maximum(radius - 1, bite), step(np.sin(TWO_PI * (5 * radius + u)), 0.5)
 
 
 def cross(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """Four equal arms in checks."""
-    checks = np.sin(TURN * 2.2 * x) * np.sin(TURN * 2.2 * y)
+    """A cross with four equal arms and a checkered texture."""
+    checks = np.sin(TWO_PI * 2.2 * x) * np.sin(TWO_PI * 2.2 * y)
     x, y = abs(x), abs(y)
     arms = np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.26 - 0.1 * u)
     return arms, step(checks, 0.25)
 
 
 def fish(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """Body, tail, stripes and an eye."""
+    """A fish with body, tail, stripes and an eye."""
     body = 0.5 * (np.hypot((x - 0.22) / 0.78, y / (0.42 + 0.12 * u)) - 1)
     tail = np.maximum(0.8 * abs(y) + 0.6 * (x + 0.3), -0.95 - x)
-    stripes = step(np.sin(TURN * 2.4 * x + 2) - 0.1, 0.5) * step(0.5 - x, 0.05)
+    stripes = step(np.sin(TWO_PI * 2.4 * x + 2) - 0.1, 0.5) * step(0.5 - x, 0.05)
     eye = step(0.09 - np.hypot(x - 0.66, y + 0.1), 0.04)
     return np.minimum(body, tail), np.maximum(stripes, eye)
 
 
 def triangle(x: Array, y: Array, u: float) -> tuple[Array, Array]:
-    """A pyramid with zigzag lines."""
+    """A triangle with zigzag lines."""
     zigzag = 3 * y + 1.5 * abs((2 * x) % 1 - 0.5)
-    return np.maximum(0.866 * abs(x) + 0.5 * y, -y) - 0.5, step(np.sin(TURN * (zigzag + u)), 0.5)
+    return np.maximum(0.866 * abs(x) + 0.5 * y, -y) - 0.5, step(np.sin(TWO_PI * (zigzag + u)), 0.5)
 
 
 Ground = Callable[[Array, Array, Array], tuple[Array, Array]]
@@ -170,41 +171,41 @@ Object = Callable[[Array, Array, float], tuple[Array, Array]]
 GROUNDS: tuple[Ground, ...] = (grass, tiles, sand, sky)
 OBJECTS: tuple[Object, ...] = (ball, ring, star, flower, crescent, cross, fish, triangle)
 CLASSES: tuple[str, ...] = tuple(paint.__name__ for paint in (*GROUNDS, *OBJECTS))
-"""The names of the mask's values: first the grounds, then the objects."""
+"""The names of the classes in the masks: first the grounds, then the objects."""
 SKY = GROUNDS.index(sky)
 
 
 def halve(values: Array) -> Array:
-    """(..., 2H, 2W) -> (..., H, W), the mean of every four."""
+    """Average every four values: (..., 2H, 2W) -> (..., H, W)."""
     rows = values[..., ::2, :] + values[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]) / 4
 
 
 def two_colors(rng: np.random.Generator, hue: float, chroma: float, contrast: float) -> Array:
-    """(2, 3, 1, 1): two colors near `hue`, one of them lighter; which one is left to chance."""
+    """Draw two colors (2, 3, 1, 1) near `hue`, one of them lighter, in random order."""
     lightness = rng.uniform(0.35, 0.7) + contrast * rng.permutation([-0.5, 0.5])
     hues = hue + rng.uniform(-0.5, 0.5, 2)
-    rgb = lightness[:, None] + chroma * np.cos(hues[:, None] - TURN * np.arange(3) / 3)
+    rgb = lightness[:, None] + chroma * np.cos(hues[:, None] - TWO_PI * np.arange(3) / 3)
     return rgb[..., None, None]
 
 
 def blend(colors: Array, mix: Array) -> Array:
-    """(3, h, w): the first of two colors where `mix` (h, w) is 0, the second where it is 1."""
+    """Interpolate between two colors by `mix` (h, w): (3, h, w)."""
     return colors[0] + mix * (colors[1] - colors[0])
 
 
 def shade(height: Array, unit: float, light: Array) -> Array:
-    """How bright a relief (h, w) is under `light` (3,), 1 where level; `unit` is pixels in a length of 1."""
+    """Shade a relief (h, w) under `light` (3,), 1 where it is level; `unit` is the number of pixels in a length of 1."""
     down, right = np.gradient(height * unit)
     toward = light[2] - right * light[0] - down * light[1]
     return np.clip(toward / np.sqrt(1 + right**2 + down**2) / light[2], 0, 1.6)
 
 
 class Scene:
-    """One picture in the making, drawn at twice its size and averaged at the end.
+    """A scene that is drawn at twice its size and averaged at the end.
 
-    `pixels` (3, 2H, 2W) around 0..1, `labels` (H, W), `light` (3,) the direction towards the lamp. Shading is
-    brought to a mean of 1 on every surface, so that brightness tells nothing of form or relief.
+    `pixels` (3, 2H, 2W) around 0..1, `labels` (H, W), `light` (3,) the direction towards the light. The mean of the
+    shading is 1 on every surface, so that brightness does not depend on shape and relief.
     """
 
     def __init__(self, rng: np.random.Generator, width: int, height: int) -> None:
@@ -214,13 +215,13 @@ class Scene:
         self.y, self.x = (np.mgrid[: 2 * height, : 2 * width] + 0.5) / self.unit
         self.pixels = np.zeros((3, 2 * height, 2 * width))
         self.labels = np.zeros((height, width), np.uint8)
-        bearing, elevation = rng.uniform([0, 0.6], [TURN, 0.9])
+        bearing, elevation = rng.uniform([0, 0.6], [TWO_PI, 0.9])
         across = np.cos(elevation)
         self.light = np.array([across * np.cos(bearing), across * np.sin(bearing), np.sin(elevation)])
-        self.hue = rng.uniform(0, TURN)
+        self.hue = rng.uniform(0, TWO_PI)
 
     def paint_grounds(self) -> None:
-        """One ground seen from above, or two that meet at a horizon, the lower one running towards it."""
+        """Paint one ground seen from above, or two that meet at a horizon, the lower one in perspective."""
         rng = self.rng
         near, far = rng.permutation(len(GROUNDS))[:2]
         if rng.random() < 0.35:
@@ -242,12 +243,12 @@ class Scene:
     def _paint_ground(self, label: int, rows: slice, horizon: float | None) -> None:
         rng, x, y = self.rng, self.x[rows], self.y[rows]
         glow = 1 + 0.2 * ((x - self.width / 2) * self.light[0] + (y - self.height / 2) * self.light[1])
-        turn, clear = rng.uniform(0, TURN), np.ones_like(x)
+        angle, clear = rng.uniform(0, TWO_PI), np.ones_like(x)
         if horizon is not None:
             distance = 0.8 / (np.maximum(y - horizon, -0.05) + 0.25)
             x, y, clear = (x - self.width / 2) * distance, -1.3 * distance, np.minimum(1, 1.5 / distance)
         elif label != SKY:
-            x, y = rotate(x, y, turn)
+            x, y = rotate(x, y, angle)
         height, mix = GROUNDS[label](x, y, rng.random(4))
         bright = 1 + clear * (shade(height, self.unit, self.light) - 1)
         colors = two_colors(rng, self.hue + rng.uniform(-0.8, 0.8), rng.uniform(0.05, 0.16), 0.3)
@@ -255,7 +256,7 @@ class Scene:
         self.labels[:] = label
 
     def paint_objects(self) -> None:
-        """Two to six objects, every other one beside an earlier one; the lower in the picture is nearer."""
+        """Paint two to six objects, every other one next to an earlier one; lower objects occlude higher ones."""
         rng = self.rng
         placed: list[tuple[float, float, float]] = []
         for number in range(int(rng.integers(2, 7))):
@@ -264,7 +265,7 @@ class Scene:
                 x, y = rng.uniform(0.1, [self.width - 0.1, self.height - 0.1])
                 if number % 2:
                     x, y, r = placed[rng.integers(len(placed))]
-                    bearing, gap = rng.uniform(0, TURN), 0.8 * (radius + r)
+                    bearing, gap = rng.uniform(0, TWO_PI), 0.8 * (radius + r)
                     x, y = x + gap * np.cos(bearing), y + gap * np.sin(bearing)
                 inside = 0.05 < x < self.width - 0.05 and 0.05 < y < self.height - 0.05
                 if inside and all(np.hypot(x - a, y - b) > 0.7 * (radius + r) for a, b, r in placed):
@@ -273,8 +274,8 @@ class Scene:
         for x, y, radius in sorted(placed, key=lambda place: place[1]):
             self._paint_object(int(rng.integers(len(OBJECTS))), x, y, radius)
 
-    def _around(self, x: float, y: float, radius: float, reach: float) -> tuple[Array, NDArray[np.uint8], Array]:
-        """Views of the pixels and labels within `reach` radii of (x, y), and the pixels' offsets in radii."""
+    def _region(self, x: float, y: float, radius: float, reach: float) -> tuple[Array, NDArray[np.uint8], Array]:
+        """Return the pixels and labels within `reach` radii of (x, y) as views, and their offsets in radii."""
         starts = [max(0, int((center - reach * radius) * self.unit / 2)) for center in (y, x)]
         stops = [int((center + reach * radius) * self.unit / 2) + 1 for center in (y, x)]
         box = tuple(slice(2 * start, 2 * stop) for start, stop in zip(starts, stops))
@@ -283,20 +284,20 @@ class Scene:
 
     def _paint_object(self, kind: int, x: float, y: float, radius: float) -> None:
         rng, scale = self.rng, radius * self.unit
-        turn, squeeze, u = rng.uniform([0, 0.8, 0], [TURN, 1, 1])
-        colors = two_colors(rng, self.hue + rng.uniform(1, TURN - 1), rng.uniform(0.1, 0.28), 0.35)
+        angle, squeeze, u = rng.uniform([0, 0.8, 0], [TWO_PI, 1, 1])
+        colors = two_colors(rng, self.hue + rng.uniform(1, TWO_PI - 1), rng.uniform(0.1, 0.28), 0.35)
 
-        def drawn(offset: Array) -> tuple[Array, Array]:
-            right, down = rotate(offset[0], offset[1], turn)
+        def draw(offset: Array) -> tuple[Array, Array]:
+            right, down = rotate(offset[0], offset[1], angle)
             return OBJECTS[kind](right, down / squeeze, u)
 
-        pixels, labels, offset = self._around(x, y, radius, 1.7)
-        away, _ = drawn(halve(offset) + 0.45 * self.light[:2, None, None])
+        pixels, labels, offset = self._region(x, y, radius, 1.7)
+        away, _ = draw(halve(offset) + 0.45 * self.light[:2, None, None])
         shadow = step(-away, 0.5) * (labels != SKY)
         pixels *= 1 - 0.5 * shadow.repeat(2, axis=0).repeat(2, axis=1)
 
-        pixels, labels, offset = self._around(x, y, radius, 1.05)
-        distance, mix = drawn(offset)
+        pixels, labels, offset = self._region(x, y, radius, 1.05)
+        distance, mix = draw(offset)
         cover, depth = step(-distance, 1 / scale), np.clip(-distance, 0, 1)
         bright = 0.4 + 0.6 * shade(np.sqrt(depth * (2 - depth)), scale, self.light)
         bright /= np.average(bright, weights=cover + 1e-6)
@@ -307,61 +308,68 @@ class Scene:
 def render_scene(
     seed: int, split: str, index: int, width: int = 160, height: int = 120
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Scene `index` of a split: its picture (H, W, 3) and its mask (H, W) of indices into `CLASSES`."""
+    """Render scene `index` of a split: the image (H, W, 3) and the mask (H, W) of indices into `CLASSES`."""
     scene = Scene(np.random.default_rng([seed, SPLITS.index(split), index]), width, height)
     scene.paint_grounds()
     scene.paint_objects()
-    picture = np.clip(255 * halve(scene.pixels) + 0.5, 0, 255)
-    return np.ascontiguousarray(picture.transpose(1, 2, 0), np.uint8), scene.labels
+    image = np.clip(255 * halve(scene.pixels) + 0.5, 0, 255)
+    return np.ascontiguousarray(image.transpose(1, 2, 0), np.uint8), scene.labels
 
 
 def _write_scene(folder: Path, seed: int, split: str, index: int) -> None:
-    picture, mask = render_scene(seed, split, index)
-    Image.fromarray(picture).save(folder / split / "images" / f"{index:06d}.jpg", quality=92)
+    image, mask = render_scene(seed, split, index)
+    Image.fromarray(image).save(folder / split / "images" / f"{index:06d}.jpg", quality=92)
     Image.fromarray(mask).save(folder / split / "masks" / f"{index:06d}.png")
 
 
-def _write_demo(folder: Path, facts: dict[str, int]) -> None:
+def _write_demo(folder: Path, parameters: dict[str, int]) -> None:
     for split in SPLITS:
         for kind in ("images", "masks"):
             (folder / split / kind).mkdir(parents=True)
-        for index in range(facts[split]):
-            _write_scene(folder, facts["seed"], split, index)
+        for index in range(parameters[split]):
+            _write_scene(folder, parameters["seed"], split, index)
     kinds = ["ground"] * len(GROUNDS) + ["object"] * len(OBJECTS)
     lines = [f"{label}\t{kind}\t{name}\n" for label, (kind, name) in enumerate(zip(kinds, CLASSES))]
     (folder / "classes.txt").write_text("".join(lines))
-    (folder / "scenes.json").write_text(json.dumps(facts) + "\n")
+    (folder / "scenes.json").write_text(json.dumps(parameters) + "\n")
 
 
-def _is_complete(folder: Path, facts: dict[str, int]) -> bool:
+def _is_complete(folder: Path, parameters: dict[str, int]) -> bool:
     try:
-        return bool(json.loads((folder / "scenes.json").read_text()) == facts)
+        return bool(json.loads((folder / "scenes.json").read_text()) == parameters)
     except (OSError, ValueError):
         return False
 
 
 def make_demo(root: Path, seed: int, train: int = 1000, val: int = 200) -> Path:
-    """Write the demo under `root` unless it is there; the folder of {train,val}/{images,masks}, classes.txt.
+    """Draw the demo below `root` unless it exists, and return its folder: {train,val}/{images,masks}, classes.txt.
 
-    The folder's name holds all that the scenes depend on, and the folder takes that name once it is complete:
-    neither an interrupted run nor a second process at the same time can leave half a demo.
+    The name of the folder has all parameters of the scenes, and the folder gets its name when it is complete, so that
+    neither an interrupted nor a concurrent process can leave an incomplete demo.
+
+    Raises:
+        UsageError: a parameter is out of range, or the folder cannot be written.
     """
     if seed < 0 or train < 1 or val < 0:
-        raise UsageError(f"the demo needs --seed of 0 or more and a training scene, not {seed=} {train=} {val=}")
-    facts = {"version": VERSION, "seed": seed, "train": train, "val": val}
+        raise UsageError(
+            f"the demo needs a --seed of 0 or more and at least one training scene, not {seed=} {train=} {val=}"
+        )
+    parameters = {"version": VERSION, "seed": seed, "train": train, "val": val}
     folder = Path(root) / f"v{VERSION}_seed{seed}_{train}_{val}"
-    if _is_complete(folder, facts):
+    if _is_complete(folder, parameters):
         return folder
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     print(f"drawing {train + val} demo scenes into {folder}", file=sys.stderr, flush=True)
     try:
-        _write_demo(part, facts)
+        _write_demo(part, parameters)
         part.rename(folder)
     except OSError as error:
-        # Another process that came first has written the same scenes.
-        if not _is_complete(folder, facts):
+        # Another process may have written the same scenes first.
+        if not _is_complete(folder, parameters):
             cause = error.strerror or error
-            raise UsageError(f"--data-dir: the demo cannot be written to {folder} ({cause}); use another") from error
+            raise UsageError(
+                f"--data-dir: the demo cannot be written to {folder} ({cause}); use another folder"
+            ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
