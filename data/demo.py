@@ -195,7 +195,7 @@ def blend(colors: Array, mix: Array) -> Array:
 
 
 def shade(height: Array, unit: float, light: Array) -> Array:
-    """Shade a relief (h, w) under `light` (3,), 1 where it is level; `unit` is the number of pixels in a length of 1."""
+    """Shade a relief (h, w) under `light` (3,), 1 where it is level; `unit` is the pixels in a length of 1."""
     down, right = np.gradient(height * unit)
     toward = light[2] - right * light[0] - down * light[1]
     return np.clip(toward / np.sqrt(1 + right**2 + down**2) / light[2], 0, 1.6)
