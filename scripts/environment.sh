@@ -1,5 +1,5 @@
-# Sourced by the scripts, from the project's folder: `install FILE...` puts the requirements in FILE... into .venv,
-# each once, and puts .venv first on the PATH.
+# Sourced by other scripts in the root folder of the project: `install FILE...` installs the requirement files into .venv,
+# unless they are installed already, and puts .venv first on the PATH.
 
 install() {
     local python="${PYTHON:-python3}" file stamp
@@ -8,7 +8,7 @@ install() {
         exit 2
     fi
     if [ ! -x .venv/bin/pip ] && ! "$python" -m venv .venv; then
-        echo "$python cannot make .venv; on Debian and Ubuntu install python3-venv" >&2
+        echo "$python cannot create .venv; on Debian and Ubuntu install python3-venv" >&2
         exit 2
     fi
     for file in "$@"; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a small trained SlotFA: .venv, requirements, a few minutes of training on the built-in scenes, then
-# a figure of its prototypes and a linear probe beside the untrained encoder, on scenes that it has not seen.
+# Install the requirements into .venv, pre-train a small SlotFA on the demo scenes for a few minutes, draw the nearest
+# images of its prototypes, and compare a linear probe with that of the untrained encoder on validation scenes.
 #   ./scripts/quickstart.sh [more flags of main_pretrain.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
