@@ -1,39 +1,39 @@
-"""What several tests start from."""
+"""Fixtures of all tests. Tests that need no fixture of pytest share `tests/helpers.py`."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+# The networks of the tests are so small that threads would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import pytest
-import torch
 from PIL import Image
 
 import main_pretrain
 from data.demo import render_scene
+from tests.helpers import TINY, run_expecting_usage_error  # noqa: F401
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "coco_mini"
 
-TINY = ["--arch", "resnet18", "--image-size", "64", "--dim-hidden", "32", "--dim-out", "16", "--num-prototypes", "8"]
-TINY += ["--device", "cpu", "--num-workers", "0", "--batch-size", "8", "--epochs", "2", "--warmup-epoch", "1"]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """The networks of the tests are so small that threads would only wait for one another."""
-    torch.set_num_threads(1)
+# The same examples in every run, and no limit on the time that a slow machine takes for one.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
 def photographs() -> Path:
     """Real photographs in COCO's layout."""
     if not PHOTOGRAPHS.is_dir():
-        pytest.skip("no photographs beside the project")
+        pytest.skip("no photographs next to the project")
     return PHOTOGRAPHS
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 16 small images."""
+    """A folder of 16 small images, which tests only read."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(16):
         pixels, _ = render_scene(0, "train", number, 96, 72)
@@ -43,11 +43,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a run of four steps that takes a second; more flags as arguments."""
+    """The command line of a run of four steps into `tmp_path / "run"`; additional flags as arguments."""
 
-    def command(*more: str) -> list[str]:
-        where = ["--dataset", "folder", "--data-dir", str(images), "--output-dir", str(tmp_path / "run")]
-        return [*where, *TINY, *more]
+    def command(*flags: str) -> list[str]:
+        paths = ["--dataset", "folder", "--data-dir", str(images), "--output-dir", str(tmp_path / "run")]
+        return [*paths, *TINY, *flags]
 
     return command
 
@@ -55,15 +55,3 @@ def tiny(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def tiny_args(tiny: Callable[..., list[str]]) -> argparse.Namespace:
     return main_pretrain.parse_args(tiny())
-
-
-def run_expecting_usage_error(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command, expect exit status 2 and one line on stderr alone; return it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import main_pretrain
-from tests.conftest import run_expecting_usage_error
+from tests.helpers import run_expecting_usage_error
 from utils import checkpoint
 from utils.errors import UsageError
 

@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 
 import main_pretrain
 from scripts import benchmark
-from tests.conftest import run_expecting_usage_error
+from tests.helpers import run_expecting_usage_error
 from utils.benchmark import profiling, report, step, timing
 from utils.benchmark.configurations import Configuration
 from utils.benchmark.rows import fill

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-from tests.conftest import run_expecting_usage_error
+from tests.helpers import run_expecting_usage_error
 from transfer.detection import train_net
 from utils.safe_pickle import load_arrays
 

@@ -22,7 +22,7 @@ import main_pretrain
 import viz_slots
 from data.views import center_view
 from models import build_method
-from tests.conftest import TINY, run_expecting_usage_error
+from tests.helpers import TINY, run_expecting_usage_error
 from transfer.trained_slots import load_slots
 from transfer.figures.looking import Seen
 from transfer.figures.page import build_page

@@ -1,0 +1,87 @@
+"""What several test modules share: a refused command, a run's flags, a batch, and two ranks."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from utils import distributed
+from utils.batch import Batch, ViewRecord
+
+TINY = ["--arch", "resnet18", "--image-size", "64", "--dim-hidden", "32", "--dim-out", "16", "--num-prototypes", "8"]
+TINY += ["--device", "cpu", "--num-workers", "0", "--batch-size", "8", "--epochs", "2", "--warmup-epoch", "1"]
+"""Flags of a small run, on 16 images of four steps."""
+
+METHOD_FLAGS = {
+    "slotcon": ["--method", "slotcon"],
+    "slotfa_paper": ["--method", "slotfa"],
+    "slotfa_contrast": ["--method", "slotfa", "--group-loss-weight", "0.5", "--fa-train-prototypes"],
+    "slotfa_released": ["--method", "slotfa", "--no-fa-gradient"],
+    "slotfa_encoder": ["--method", "slotfa", "--fa-level", "encoder", "--fa-slot-ratio", "0.5"],
+}
+"""The flags of every method and preset."""
+
+
+def run_expecting_usage_error(
+    main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Run a command, expect exit status 2 and a single line on stderr, and return that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    assert exit_info.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def make_batch(num_images: int = 6, sizes: Sequence[int] = (64, 64), seed: int = 3) -> Batch:
+    """Make a batch of noise whose views, of the given sides, overlap in every image; half of them are flipped."""
+    generator = torch.Generator().manual_seed(seed)
+    views = [torch.randn(num_images, 3, size, size, generator=generator) for size in sizes]
+    number = torch.arange(len(sizes), dtype=torch.float32)[:, None]
+    crops = torch.tensor([[0.0, 0.0, 60.0, 60.0]]) + number * torch.tensor([[20.0, 10.0, 30.0, 20.0]])
+    flips = torch.rand(num_images, len(sizes), generator=generator) < 0.5
+    rotations = torch.zeros(num_images, len(sizes), dtype=torch.int64)
+    return Batch(views, crops.repeat(num_images, 1, 1), flips, rotations, torch.arange(num_images))
+
+
+def shard(batch: Batch) -> Batch:
+    """Return the images of this rank: an equal share, or all of them with one process."""
+    count = len(batch.index) // distributed.world_size()
+    rows = slice(distributed.rank() * count, (distributed.rank() + 1) * count)
+
+    def select(value: Any) -> Any:
+        return [view[rows] for view in value] if isinstance(value, list) else value[rows]
+
+    values = {item.name: getattr(batch, item.name) for item in fields(ViewRecord)}
+    return replace(batch, **{name: select(value) for name, value in values.items() if value is not None})
+
+
+def run_on_two_ranks(function: Callable[..., dict[str, Any]], *args: Any) -> list[dict[str, Any]]:
+    """Call a function of a module, with these arguments, in two processes of one gloo group; return both results."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_run_on_rank, (folder, function, args), nprocs=2, start_method=_start_method())
+        return [torch.load(Path(folder, f"{rank}.pth"), weights_only=True) for rank in range(2)]
+
+
+def _start_method() -> str:
+    """Choose the server that imports torch once and forks each process, where the platform has it."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["main_pretrain", "pytest", "hypothesis"])
+    return "forkserver"
+
+
+def _run_on_rank(rank: int, folder: str, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    torch.save(function(*args), Path(folder, f"{rank}.pth"))
+    dist.destroy_process_group()
