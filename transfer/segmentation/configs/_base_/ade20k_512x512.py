@@ -1,4 +1,4 @@
-"""ADE20K: 20,210 images for training, 2,000 for validation, 150 classes, crop size 512."""
+"""ADE20K: 20,210 training and 2,000 validation images, 150 classes, crop size 512."""
 
 dataset_type = "ADE20KDataset"
 data_root = "data/ade/ADEChallengeData2016"

@@ -1,4 +1,4 @@
-"""Cityscapes with fine annotations: 2,975 images for training, 500 for validation, 19 classes, crop size 769."""
+"""Cityscapes with fine annotations: 2,975 training and 500 validation images, 19 classes, crop size 769."""
 
 dataset_type = "CityscapesDataset"
 data_root = "data/cityscapes"

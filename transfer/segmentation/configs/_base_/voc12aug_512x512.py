@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 with SBD's annotations: 10,582 images for training, 1,449 for validation, 21 classes, crop size 512."""
+"""PASCAL VOC 2012 with SBD's annotations: 10,582 training and 1,449 validation images, 21 classes, crop size 512."""
 
 dataset_type = "PascalVOCDataset"
 data_root = "data/VOCdevkit/VOC2012"
