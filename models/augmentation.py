@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.precision import upcast
 from utils.distributed import all_reduce_sum
 
 
@@ -34,7 +35,7 @@ class SlotAugmentation(nn.Module):
         """Augment features (B, D, H, W), given the slot of each position (B, H, W) int64."""
         alpha, beta = self.select(assignment, noise)
         scale, shift = torch.cat([alpha, beta], dim=1)[assignment].movedim(-1, 1).chunk(2, dim=1)
-        return torch.addcmul(shift, scale, features.to(scale.dtype))
+        return torch.addcmul(shift, scale, upcast(features))
 
     def draw_noise(self, seed: int, step: int, view: int, device: torch.device) -> AugmentationNoise:
         """Draw the noise of a view of a step."""

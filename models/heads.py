@@ -115,7 +115,7 @@ class RowBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        weight = torch.where(count > 1, self.momentum, 0.0)
+        weight = self.momentum * (count > 1).to(count.dtype)
         unbiased = variance * count / (count - 1).clamp(min=1)
         self.running_mean.lerp_(mean, weight)
         self.running_var.lerp_(unbiased, weight)

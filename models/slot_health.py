@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.grouping import occupied
+from models.precision import upcast
 from utils import distributed
 
 POSITIONS = "slots/positions"
@@ -42,7 +43,7 @@ def slot_statistics(
     slots = [occupied(scores) for scores in teacher]
     shared = sum((occupied(student[a]) & slots[b]).sum() for a, b in ((0, 1), (1, 0)))
     count = prototypes.shape[0]
-    unit = F.normalize(prototypes.float(), dim=1)
+    unit = F.normalize(upcast(prototypes), dim=1)
     pairs = count * (count - 1)
     mean_cosine = (unit.sum(dim=0).square().sum() - count) / max(pairs, 1)
     assignment = torch.cat([scores.argmax(dim=1).flatten() for scores in teacher])
@@ -51,7 +52,7 @@ def slot_statistics(
         "slots/per_image": torch.cat(slots).float().sum(dim=1).mean(),
         "slots/positives": torch.as_tensor(shared, dtype=torch.float32),
         "slots/assignment_entropy": torch.stack([_entropy(scores, center, temperature) for scores in teacher]).mean(),
-        "slots/prototype_norm": prototypes.float().norm(dim=1).mean(),
+        "slots/prototype_norm": upcast(prototypes).norm(dim=1).mean(),
         "slots/prototype_spread": 1 - mean_cosine,
         POSITIONS: positions.index_add(0, assignment, torch.ones_like(assignment).float()),
     }
@@ -59,7 +60,7 @@ def slot_statistics(
 
 def _entropy(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
     """Return the mean entropy of `softmax_k((s - c) / temperature)` over images and positions, over ln K."""
-    logs = ((scores.float() - center[:, :, None, None]) / temperature).log_softmax(dim=1)
+    logs = ((upcast(scores) - center[:, :, None, None]) / temperature).log_softmax(dim=1)
     return -(logs.exp() * logs).sum(dim=1).mean() / math.log(max(scores.shape[1], 2))
 
 
