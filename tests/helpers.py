@@ -7,10 +7,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 
 from utils import distributed
 from utils.batch import Batch, ViewRecord
@@ -41,6 +43,16 @@ def run_expecting_usage_error(
     assert output.out == ""
     assert output.err.count("\n") == 1
     return output.err
+
+
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Draw soft colored forms with edges, noise, and black and white in them."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    forms = np.array(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+    forms[height // 4 : height // 2, width // 3 :] = 255 - forms[height // 4 : height // 2, width // 3 :]
+    pixels = 1.2 * (forms - 128) + 128 + rng.normal(0, 8, forms.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def make_batch(num_images: int = 6, sizes: Sequence[int] = (64, 64), seed: int = 3) -> Batch:
