@@ -1,214 +1,168 @@
-"""models/alignment.py against the float64 reference; aligned views show the same pixels."""
+"""Alignment against the float64 reference and torchvision's RoIAlign; aligned views show the same pixels."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import roi_align
 
-from models.alignment import align, overlap
+from models.alignment import align, overlap_boxes
 from tests.reference import alignment as reference
-from tests.reference.compare import gradient, relative_error
 from utils.batch import Batch
-
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-POSES = [(flip, turns) for flip in (False, True) for turns in range(4)]
 
 Crop = tuple[float, float, float, float]
 View = tuple[Crop, bool, int]
+"""A crop, whether it is flipped, and its rotation in quarter turns."""
+POSES = list(itertools.product((False, True), range(4)))
+SIZES = [(14, 10), (14, 4), (6, 4), (7, 7), (3, 5)]
+"""Sides of the map and of the result: more than one sample for each output in the first three."""
 
 
 def batch_of(images: list[list[View]]) -> Batch:
-    """A batch that carries the geometry of B images in V views each."""
+    """A batch of B images in V views, in float64, of which only the geometry is used."""
     B, V = len(images), len(images[0])
     return Batch(
         views=[torch.zeros(B, 3, 8, 8) for _ in range(V)],
-        crops=torch.tensor([[crop for crop, _, _ in image] for image in images], dtype=torch.float32),
+        crops=torch.tensor([[crop for crop, _, _ in image] for image in images], dtype=torch.float64),
         flips=torch.tensor([[flip for _, flip, _ in image] for image in images]),
-        turns=torch.tensor([[turns for _, _, turns in image] for image in images]),
+        rotations=torch.tensor([[rotation for _, _, rotation in image] for image in images]),
         index=torch.arange(B),
     )
 
 
 @st.composite
-def crops(draw: st.DrawFn, width: int, height: int) -> Crop:
-    """A crop of at least 8 pixels a side, from whole or broken coordinates."""
-    x0, y0 = draw(st.integers(0, width - 8)), draw(st.integers(0, height - 8))
-    x1, y1 = draw(st.integers(x0 + 8, width)), draw(st.integers(y0 + 8, height))
-    shrink = draw(st.sampled_from([0.0, 0.25, 0.4375]))  # exact in float32
-    return x0 + shrink, y0 + shrink, x1 - shrink, y1 - shrink
-
-
-@st.composite
-def pictures(draw: st.DrawFn, views: int = 2, turned: bool = True) -> list[View]:
-    """Some views of one image of random size."""
+def views_of_an_image(draw: st.DrawFn) -> list[View]:
+    """Three views, of at least 8 pixels a side, of an image of random size."""
     width, height = draw(st.integers(8, 700)), draw(st.integers(8, 700))
-    return [
-        (draw(crops(width, height)), draw(st.booleans()), draw(st.integers(0, 3)) if turned else 0)
-        for _ in range(views)
-    ]
+    views = []
+    for _ in range(3):
+        x0, y0 = draw(st.integers(0, width - 8)), draw(st.integers(0, height - 8))
+        x1, y1 = draw(st.integers(x0 + 8, width)), draw(st.integers(y0 + 8, height))
+        inset = draw(st.sampled_from([0.0, 0.4375]))
+        views.append(((x0 + inset, y0 + inset, x1 - inset, y1 - inset), draw(st.booleans()), draw(st.integers(0, 3))))
+    return views
 
 
-@given(images=st.lists(pictures(views=3), min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_the_overlap_of_any_two_views_is_that_of_the_reference(images: list[list[View]]) -> None:
+@given(images=st.lists(views_of_an_image(), min_size=1, max_size=5))
+@settings(max_examples=25)
+def test_overlap_boxes_match_reference_and_lie_inside_the_view(images: list[list[View]]) -> None:
     batch = batch_of(images)
     for a, b in ((0, 1), (1, 0), (0, 2), (2, 1)):
-        boxes, meets = overlap(batch, a, b)
-        assert boxes.dtype == torch.float32
-        assert meets.dtype == torch.bool
+        boxes, intersects = overlap_boxes(batch, a, b)
+        assert torch.equal(intersects, overlap_boxes(batch, b, a)[1])
+        assert (boxes >= 0).all()
+        assert (boxes <= 1).all()
+        assert (boxes[:, :2] < boxes[:, 2:]).all()
         for i, image in enumerate(images):
-            (crop_a, flip, turns), (crop_b, _, _) = image[a], image[b]
-            box, meet = reference.overlap(crop_a, crop_b, flip, turns)
-            assert bool(meets[i]) == meet
-            np.testing.assert_allclose(boxes[i].numpy(), box, rtol=0, atol=1e-5)
+            expected, expected_intersects = reference.overlap_box(image[a][0], image[b][0], *image[a][1:])
+            assert bool(intersects[i]) == expected_intersects
+            np.testing.assert_allclose(boxes[i], expected, rtol=0, atol=1e-12)
 
 
-@given(image=pictures())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_boxes_stay_inside_the_view_and_meeting_is_mutual(image: list[View]) -> None:
-    batch = batch_of([image])
-    (box, meets), (other, mutual) = overlap(batch, 0, 1), overlap(batch, 1, 0)
-    assert torch.equal(meets, mutual)
-    for x0, y0, x1, y1 in (box[0], other[0]):
-        assert 0 <= x0 < x1 <= 1
-        assert 0 <= y0 < y1 <= 1
+@pytest.mark.parametrize("other", [(60, 0, 90, 40), (50, 0, 90, 40), (0, 40, 50, 80)], ids=["apart", "side", "bottom"])
+def test_views_that_do_not_intersect_keep_their_whole_frame(other: Crop) -> None:
+    boxes, intersects = overlap_boxes(
+        batch_of([[((10, 10, 50, 40), *pose), (other, False, 0)] for pose in POSES]), 0, 1
+    )
+    assert not intersects.any()
+    assert torch.equal(boxes, torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64).repeat(len(POSES), 1))
 
 
-@pytest.mark.parametrize("other", [(60, 0, 90, 40), (50, 0, 90, 40), (0, 40, 50, 80)])
-@pytest.mark.parametrize(("flip", "turns"), POSES)
-def test_views_apart_or_only_touching_do_not_meet_and_keep_their_whole_frame(
-    other: Crop, flip: bool, turns: int
-) -> None:
-    boxes, meets = overlap(batch_of([[((10, 10, 50, 40), flip, turns), (other, False, 0)]]), 0, 1)
-    assert not meets.any()
-    assert torch.equal(boxes, torch.tensor([WHOLE]))
+def random_boxes(rng: np.random.Generator, count: int) -> Tensor:
+    corners = np.sort(rng.uniform(0, 1, (count, 2, 2)), axis=1).reshape(count, 4)
+    corners[0] = 0, 0, 1, 1
+    return torch.from_numpy(corners)
 
 
 @given(
-    side=st.integers(1, 6),
-    channels=st.integers(1, 3),
-    poses=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4),
+    side=st.integers(1, 9),
+    output=st.integers(1, 9) | st.none(),
+    poses=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=2, max_size=4),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_aligned_maps_are_those_of_the_reference_with_a_pose_for_each_image(
-    side: int, channels: int, poses: list[tuple[bool, int]], seed: int
+@settings(max_examples=30)
+def test_align_matches_reference_for_every_pose_and_output_size(
+    side: int, output: int | None, poses: list[tuple[bool, int]], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    maps = rng.standard_normal((len(poses), channels, side, side)).astype(np.float32)
-    corners = np.sort(rng.uniform(0, 1, (len(poses), 2, 2)), axis=1).reshape(len(poses), 4).astype(np.float32)
-    flips, turns = torch.tensor([flip for flip, _ in poses]), torch.tensor([turn for _, turn in poses])
-    found = align(torch.from_numpy(maps), torch.from_numpy(corners), flips, turns)
-    assert found.dtype == torch.float32
-    expected = np.stack([reference.align(maps[i], corners[i], *pose) for i, pose in enumerate(poses)])
-    assert relative_error(found, expected) < 1e-5
+    maps, boxes = torch.from_numpy(rng.standard_normal((len(poses), 2, side, side))), random_boxes(rng, len(poses))
+    flips, rotations = torch.tensor([flip for flip, _ in poses]), torch.tensor([rotation for _, rotation in poses])
+    size = None if output is None else (output, output)
+    aligned = align(maps, boxes, flips, rotations, size)
+    expected = [
+        reference.align(plane, box, *pose, size) for plane, box, pose in zip(maps.numpy(), boxes.numpy(), poses)
+    ]
+    np.testing.assert_allclose(aligned, np.stack(expected), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("height", "width"), [(3, 5), (6, 2), (7, 7)])
-def test_maps_that_are_never_turned_need_not_be_square(height: int, width: int) -> None:
-    rng = np.random.default_rng(0)
-    maps = rng.standard_normal((2, 4, height, width)).astype(np.float32)
-    boxes = np.array([[0.1, 0.2, 0.55, 0.95], [0.0, 0.5, 1.0, 1.0]], dtype=np.float32)
-    flips = torch.tensor([True, False])
-    found = align(torch.from_numpy(maps), torch.from_numpy(boxes), flips)
-    expected = np.stack([reference.align(maps[i], boxes[i], bool(flips[i])) for i in range(2)])
-    assert relative_error(found, expected) < 1e-5
+@pytest.mark.parametrize("size", [None, (10, 10), (4, 4), (3, 9), (20, 2)])
+@pytest.mark.parametrize("shape", [(14, 14), (6, 9)])
+def test_align_matches_torchvision_roi_align(shape: tuple[int, int], size: tuple[int, int] | None) -> None:
+    rng = np.random.default_rng(1)
+    maps, boxes = torch.from_numpy(rng.standard_normal((20, 3, *shape))), random_boxes(rng, 20)
+    flips = torch.arange(20) % 2 == 0
+    cells = boxes * torch.tensor([shape[1], shape[0]] * 2)
+    expected = roi_align(maps, list(cells[:, None]), size or shape, sampling_ratio=0, aligned=True)
+    expected = torch.where(flips[:, None, None, None], expected.flip(3), expected)
+    torch.testing.assert_close(align(maps, boxes, flips, output_size=size), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("flip", "turns"), POSES)
-def test_the_whole_frame_of_a_mirrored_and_turned_view_comes_back_upright(flip: bool, turns: int) -> None:
-    rng = np.random.default_rng(turns)
-    upright = rng.standard_normal((3, 5, 5)).astype(np.float32)
-    seen = torch.from_numpy(reference.see(upright, flip, turns)).float()[None]
-    found = align(seen, torch.tensor([WHOLE]), torch.tensor([flip]), torch.tensor([turns]))
-    torch.testing.assert_close(found[0], torch.from_numpy(upright), rtol=1e-6, atol=1e-6)
-    assert turns or flip or torch.equal(seen[0], torch.from_numpy(upright))
+def test_whole_number_of_samples_is_not_rounded_up() -> None:
+    """Boxes of two cells for each output: in float32, their sides are a little more or less than that."""
+    start = torch.linspace(0, 0.4, 20)[:, None]
+    boxes = torch.cat([start, start, start + 8 / 14, start + 8 / 14], dim=1)
+    maps = torch.from_numpy(np.random.default_rng(4).standard_normal((20, 3, 14, 14)))
+    expected = roi_align(maps, list(boxes[:, None].double() * 14), (4, 4), sampling_ratio=2, aligned=True)
+    aligned = align(maps, boxes, torch.zeros(20, dtype=torch.bool), output_size=(4, 4))
+    torch.testing.assert_close(aligned, expected, rtol=0, atol=1e-12)
 
 
-def coordinates(crop: Crop, side: int, flip: bool, turns: int) -> torch.Tensor:
-    """(1, 2, side, side): source x and y of every cell center of a view, as the view shows them."""
-    x0, y0, x1, y1 = crop
-    planes = np.zeros((2, side, side))
-    for row in range(side):
-        for column in range(side):
-            planes[0, row, column] = x0 + (column + 0.5) / side * (x1 - x0)
-            planes[1, row, column] = y0 + (row + 0.5) / side * (y1 - y0)
-    return torch.from_numpy(reference.see(planes, flip, turns)).float()[None]
+def coordinates(crop: Crop, side: int, flip: bool = False, rotation: int = 0) -> Tensor:
+    """The source x and y of the center of every cell of a view: (2, side, side)."""
+    centers = (np.arange(side) + 0.5) / side
+    x, y = crop[0] + centers * (crop[2] - crop[0]), crop[1] + centers * (crop[3] - crop[1])
+    return torch.from_numpy(reference.apply_pose(np.stack(np.meshgrid(x, y)), flip, rotation))
 
 
-def aligned_coordinates(batch: Batch, image: list[View], a: int, b: int, side: int) -> np.ndarray:
-    crop, flip, turns = image[a]
-    boxes, _ = overlap(batch, a, b)
-    return align(coordinates(crop, side, flip, turns), boxes, batch.flips[:, a], batch.turns[:, a])[0].numpy()
+@pytest.mark.parametrize(("side", "output"), SIZES)
+def test_aligned_views_show_the_same_pixels_for_every_pair_of_poses(side: int, output: int) -> None:
+    """Maps whose values are their coordinates are interpolated exactly, but for samples that the border clamps."""
+    crops = [(20.0, 10, 180, 90), (60.0, 30, 230, 120)]
+    images = [[(crops[0], *first), (crops[1], *second)] for first, second in itertools.product(POSES, POSES)]
+    batch = batch_of(images)
+    common = coordinates((60, 30, 180, 90), output)
+    for a, b in ((0, 1), (1, 0)):
+        maps = torch.stack([coordinates(crop, side, *pose) for crop, *pose in (image[a] for image in images)])
+        boxes, _ = overlap_boxes(batch, a, b)
+        aligned = align(maps, boxes, batch.flips[:, a], batch.rotations[:, a], (output, output))
+        inner = (..., slice(1, -1), slice(1, -1))
+        torch.testing.assert_close(aligned[inner], common.expand_as(aligned)[inner], rtol=0, atol=1e-10)
+        cell = torch.tensor([crops[a][2] - crops[a][0], crops[a][3] - crops[a][1]])[:, None, None] / side
+        assert ((aligned - common).abs() <= cell / 2).all()
 
 
-def cell_size(crop: Crop, side: int) -> np.ndarray:
-    """Width and height of a view's cell in source pixels: (2, 1, 1)."""
-    return np.array([crop[2] - crop[0], crop[3] - crop[1]]).reshape(2, 1, 1) / side
+def test_gradient_of_align_is_its_adjoint() -> None:
+    rng = np.random.default_rng(2)
+    maps, other = (torch.from_numpy(rng.standard_normal((8, 2, 6, 6))) for _ in range(2))
+    weights, boxes = torch.from_numpy(rng.standard_normal((8, 2, 4, 4))), random_boxes(rng, 8)
+    flips, rotations = torch.tensor([flip for flip, _ in POSES]), torch.tensor([rotation for _, rotation in POSES])
+    (align(maps.requires_grad_(), boxes, flips, rotations, (4, 4)) * weights).sum().backward()
+    expected = (align(other, boxes, flips, rotations, (4, 4)) * weights).sum()
+    torch.testing.assert_close((maps.grad * other).sum(), expected, rtol=1e-12, atol=1e-12)
 
 
-def check_same_pixels(image: list[View], side: int) -> None:
-    batch = batch_of([image])
-    first, second = (
-        aligned_coordinates(batch, image, 0, 1, side),
-        aligned_coordinates(batch, image, 1, 0, side),
-    )
-    cells = [cell_size(crop, side) for crop, _, _ in image]
-    assert (np.abs(first - second) <= np.maximum(*cells) + 1e-3).all()
-
-    # And these are the pixels of the intersection, upright: only a view's border, where RoIAlign clamps, is
-    # off, by half a cell at most.
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = image[0][0], image[1][0]
-    common = (max(ax0, bx0), max(ay0, by0), min(ax1, bx1), min(ay1, by1))
-    truth = coordinates(common, side, False, 0)[0].numpy()
-    for found, cell in zip((first, second), cells):
-        assert (np.abs(found - truth) <= cell / 2 + 1e-3).all()
-
-
-@given(image=pictures(turned=False), side=st.integers(1, 7))
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_two_flipped_views_show_the_same_pixels_once_aligned(image: list[View], side: int) -> None:
-    if reference.overlap(image[0][0], image[1][0])[1]:
-        check_same_pixels(image, side)
-
-
-@given(image=pictures(), side=st.integers(1, 7))
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_two_flipped_and_turned_views_show_the_same_pixels_once_aligned(image: list[View], side: int) -> None:
-    if reference.overlap(image[0][0], image[1][0])[1]:
-        check_same_pixels(image, side)
-
-
-@pytest.mark.parametrize("first", POSES)
-@pytest.mark.parametrize("second", [(False, 0), (True, 1), (True, 2), (False, 3)])
-def test_every_pair_of_poses_shows_the_same_pixels_once_aligned(
-    first: tuple[bool, int], second: tuple[bool, int]
-) -> None:
-    check_same_pixels([((20, 10, 180, 90), *first), ((90, 40, 230, 200), *second)], side=7)
-
-
-@pytest.mark.parametrize(("flip", "turns"), POSES)
-def test_the_gradient_of_align_is_the_slope_of_the_reference(flip: bool, turns: int) -> None:
-    rng = np.random.default_rng(10 + turns)
-    maps = torch.from_numpy(rng.standard_normal((1, 2, 3, 3))).float().requires_grad_(True)
-    box = torch.tensor([[0.12, 0.3, 0.71, 0.93]])
-    weights = rng.standard_normal((2, 3, 3))
-    found = align(maps, box, torch.tensor([flip]), torch.tensor([turns]))
-    (found[0] * torch.from_numpy(weights).float()).sum().backward()
-    assert maps.grad is not None
-    slope = gradient(
-        lambda planes: float((reference.align(planes, box[0].numpy(), flip, turns) * weights).sum()),
-        maps.detach()[0].numpy(),
-    )
-    assert relative_error(maps.grad[0], slope) < 1e-5
-
-
-def test_half_precision_maps_are_aligned_in_float32() -> None:
-    maps = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    boxes = torch.tensor([[0.1, 0.1, 0.6, 0.9], [0.2, 0.0, 1.0, 0.4]])
-    flips, turns = torch.tensor([True, False]), torch.tensor([0, 1])
+@pytest.mark.parametrize("output", [14, 7, 4])
+def test_half_precision_maps_are_aligned_in_float32(output: int) -> None:
+    rng = np.random.default_rng(3)
+    maps = torch.from_numpy(rng.standard_normal((20, 3, 14, 14))).bfloat16()
+    boxes, flips, rotations = random_boxes(rng, 20).float(), torch.arange(20) % 2 == 0, torch.arange(20) % 4
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = align(maps, boxes, flips, turns)
-    assert mixed.dtype == torch.float32
-    assert relative_error(mixed, align(maps.float(), boxes, flips, turns)) < 1e-6
+        aligned = align(maps, boxes, flips, rotations, (output, output))
+    assert aligned.dtype == torch.float32
+    expected = align(maps.double(), boxes.double(), flips, rotations, (output, output))
+    # Positions round by 14 cells x 6e-8, products of two weights and a value up to 4 by little more: below 2e-5.
+    torch.testing.assert_close(aligned.double(), expected, rtol=0, atol=2e-5)
