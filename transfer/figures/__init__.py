@@ -1,1 +1,1 @@
-"""Figures, pages and files that show what the prototypes of a trained model gather."""
+"""Figures, an HTML page and exported files that show the slots of a trained model."""

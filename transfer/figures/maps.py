@@ -1,98 +1,116 @@
-"""Figure: images, and all their slots in colors."""
+"""Figure: images and their slot maps, with a color and a number for each prototype."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib import patheffects
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.grouping import occupied
-from transfer.figures.looking import Observer
-from transfer.figures.regions import fine_side, middle, seams, shrink, winners
-from transfer.figures.sheet import PALE, Sheet, columns, shorten
+from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.layout import MUTED_COLOR, grid_shape, new_figure, shorten
+from transfer.figures.regions import (
+    assign_pixels,
+    downsample,
+    label_position,
+    region_boundaries,
+    region_side,
+    to_uint8,
+)
 from utils.visualization import palette
 
-_CELL, _GAP, _MARGIN, _TOP, _FOOT = 1.7, 0.07, 0.25, 0.8, 0.3
-"""Inches: a picture, the space between two, around the page, its title, below a pair."""
+_SIDE, _TEXT_HEIGHT, _GAP = 1.7, 0.25, 0.06
+"""Inches: the side of an image, the height of its caption, and the space between images."""
 _OPACITY = 0.6
-_LABELLED = 0.012
-"""Share of the picture above which a region has its prototype's number written into it."""
+_MIN_LABELED_AREA = 0.012
+"""Share of the image above which a region is labeled with the number of its prototype."""
+
+
+class SlotMap(NamedTuple):
+    """An image with the prototype of each pixel."""
+
+    image: Tensor
+    """(3, side, side) in 0..1."""
+    assignment: Tensor
+    """(side, side) int64."""
+    caption: str
 
 
 def draw_maps(
-    observer: Observer, images: Sequence[int], dpi: int, facts: str, prototypes: Sequence[int] | None = None
+    extractor: FeatureExtractor, indices: Sequence[int], dpi: int, details: str, prototypes: Sequence[int] | None = None
 ) -> Figure:
-    """Each image above its slots; a prototype has one color throughout, its number in it.
+    """Draw each image above its slot map; a prototype has the same color in all maps.
 
     Args:
-        prototypes: only these are colored; None for all.
+        extractor: gives the images and their scores.
+        indices: of the images.
+        dpi: pixels per inch.
+        details: the text below the figure.
+        prototypes: color only these; None for all.
     """
-    pictures, maps, captions = _look(observer, images, round(_CELL * dpi))
-    there = {number for one in maps for number in one.unique().tolist()}
-    colors = _colors(maps, sorted(there & set(prototypes) if prototypes else there))
-    height = 2 * _CELL + _GAP + _FOOT
-    across = columns(len(maps), _CELL + _GAP, height)
-    down = -(-len(maps) // across)
-    sheet = Sheet(max(across * (_CELL + _GAP) + 2 * _MARGIN, 6.0), down * height + _TOP + _MARGIN - 0.1, dpi)
-    sheet.title("Images and their slots; the numbers are the prototypes'", facts)
-    for place, (picture, one, caption) in enumerate(zip(pictures, maps, captions)):
-        x, y = _MARGIN + place % across * (_CELL + _GAP), _TOP + place // across * height
-        sheet.picture((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), x, y, _CELL, _CELL)
-        sheet.picture(_paint(picture, one, colors), x, y + _CELL + _GAP, _CELL, _CELL)
-        _write_numbers(sheet, one, colors, x, y + _CELL + _GAP)
-        sheet.text(caption, x, y + 2 * _CELL + _GAP + 0.04, size=7, color=PALE)
-    return sheet.figure
+    maps = compute_slot_maps(extractor, indices, round(_SIDE * dpi))
+    colors = assign_colors([slot_map.assignment for slot_map in maps], prototypes)
+    height = 2 * _SIDE + _GAP + _TEXT_HEIGHT
+    rows, columns = grid_shape(len(maps), _SIDE + _GAP, height)
+    figure = new_figure((columns * (_SIDE + _GAP), rows * height + 0.6), dpi, "Images and their slot maps", details)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels:
+        panel.axis("off")
+    for panel, slot_map in zip(panels, maps):
+        _draw_map(panel, slot_map, colors)
+    return figure
 
 
-def _look(observer: Observer, images: Sequence[int], about: int) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Pictures (3, side, side) in 0..1, the winners at their pixels (side, side), captions."""
-    pictures, maps, captions = [], [], []
-    for seen in observer.look(images, "drawing"):
-        side = fine_side(seen.scores.shape[2], min(about, seen.images.shape[2]))
-        pictures += list(shrink(seen.images, side))
-        maps += [winners(scores, side).cpu() for scores in seen.scores]
-        for number, used in zip(seen.numbers.tolist(), occupied(seen.scores).sum(dim=1).tolist()):
-            name = shorten(observer.squares.name(number).rpartition("/")[2], 17)
-            captions.append(f"{used} slot{'s' * (used > 1)} · {name}")
-    return pictures, maps, captions
+def compute_slot_maps(extractor: FeatureExtractor, indices: Sequence[int], target_side: int) -> list[SlotMap]:
+    """Return the slot maps of images, about `target_side` pixels large."""
+    maps = []
+    for batch in extractor.extract(indices, "rendering"):
+        side = region_side(batch.scores.shape[2], min(target_side, batch.images.shape[2]))
+        num_slots = occupied(batch.scores).sum(dim=1).tolist()
+        images = downsample(batch.images, side)
+        for index, image, scores, count in zip(batch.indices.tolist(), images, batch.scores, num_slots):
+            name = shorten(extractor.crops.name(index).rpartition("/")[2], 17)
+            caption = f"{count} slot{'s' * (count > 1)} · {name}"
+            maps.append(SlotMap(image, assign_pixels(scores, side).cpu(), caption))
+    return maps
 
 
-def _colors(maps: list[Tensor], prototypes: Sequence[int]) -> dict[int, Tensor]:
-    """A color (3,) for each prototype; the first of the palette, which differ most, go to the largest areas."""
-    area = {prototype: sum(int((one == prototype).sum()) for one in maps) for prototype in prototypes}
-    order = sorted(area, key=lambda prototype: -area[prototype])
-    return dict(zip(order, palette(len(order))))
+def assign_colors(assignments: Sequence[Tensor], prototypes: Sequence[int] | None = None) -> dict[int, Tensor]:
+    """Return the color (3,) of each prototype in the maps; the largest get the first colors, which differ most."""
+    numbers, areas = torch.cat([assignment.flatten() for assignment in assignments]).unique(return_counts=True)
+    order = numbers[areas.argsort(descending=True, stable=True)].tolist()
+    shown = [prototype for prototype in order if prototypes is None or prototype in prototypes]
+    return dict(zip(shown, palette(len(shown))))
 
 
-def _paint(picture: Tensor, won: Tensor, colors: dict[int, Tensor]) -> np.ndarray:
-    """Colors over the gray image, a white line where slots meet: (side, side, 3) uint8."""
-    gray = picture.mean(dim=0, keepdim=True).expand_as(picture)
-    painted = gray * 0.6
-    for prototype in won.unique().tolist():
-        region = won == prototype
-        if prototype in colors:
-            color = _OPACITY * colors[prototype][:, None, None] + (1 - _OPACITY) * gray
-            painted = torch.where(region, color, painted)
-    painted = torch.where(seams(won, max(1, round(won.shape[0] / 250))), 1.0, painted)
-    return (painted * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+def _draw_map(panel: Axes, slot_map: SlotMap, colors: Mapping[int, Tensor]) -> None:
+    """Draw the image above its map, and the caption below."""
+    side = slot_map.assignment.shape[0]
+    gap = torch.full((round(side * _GAP / _SIDE), side, 3), 255, dtype=torch.uint8)
+    column = torch.cat([to_uint8(slot_map.image), gap, to_uint8(color_map(slot_map, colors))])
+    panel.imshow(column.numpy(), interpolation="antialiased")
+    panel.text(
+        0, len(column) + 0.02 * side, slot_map.caption, fontsize=7, color=MUTED_COLOR, va="top", parse_math=False
+    )
+    outline = patheffects.withStroke(linewidth=1.5, foreground="black")
+    for prototype in set(slot_map.assignment.unique().tolist()) & colors.keys():
+        region = slot_map.assignment == prototype
+        if region.float().mean() < _MIN_LABELED_AREA:
+            continue
+        row, x = label_position(region)
+        style: dict[str, Any] = {"fontsize": 6.5, "color": "white", "weight": "bold", "ha": "center", "va": "center"}
+        panel.text(x, row + side + len(gap), str(prototype), path_effects=[outline], **style)
 
 
-def _write_numbers(sheet: Sheet, won: Tensor, colors: dict[int, Tensor], x: float, y: float) -> None:
-    side = won.shape[0]
-    for prototype in set(won.unique().tolist()) & colors.keys():
-        region = won == prototype
-        if region.float().mean() >= _LABELLED:
-            row, column = middle(region)
-            words = sheet.text(
-                str(prototype),
-                x + (column + 0.5) / side * _CELL,
-                y + (row + 0.5) / side * _CELL,
-                size=6.5,
-                color="white",
-                ha="center",
-                va="center",
-                weight="bold",
-            )
-            words.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="black")])
+def color_map(slot_map: SlotMap, colors: Mapping[int, Tensor]) -> Tensor:
+    """Blend the gray image with the colors of its prototypes, with white boundaries: (3, side, side) in 0..1."""
+    gray = slot_map.image.mean(dim=0, keepdim=True).expand_as(slot_map.image)
+    colored = gray * 0.6
+    for prototype in set(slot_map.assignment.unique().tolist()) & colors.keys():
+        blended = _OPACITY * colors[prototype][:, None, None] + (1 - _OPACITY) * gray
+        colored = torch.where(slot_map.assignment == prototype, blended, colored)
+    boundaries = region_boundaries(slot_map.assignment, max(1, round(slot_map.assignment.shape[0] / 250)))
+    return torch.where(boundaries, 1.0, colored)

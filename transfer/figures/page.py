@@ -1,9 +1,8 @@
-"""One self-contained page with every prototype of a model: its nearest images, its usage, a search and an order."""
+"""Build one self-contained HTML page with all prototypes: nearest images and usage, to search and sort."""
 
 import base64
 import html
 import json
-from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,78 +12,73 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from transfer.figures.looking import Observer
-from transfer.figures.pictures import lit_regions
-from transfer.figures.survey import Survey
+from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.prototype_stats import PrototypeStats
+from transfer.figures.strips import render_strips
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_LARGE, _SMALL, _MANY = 126, 98, 512
-"""Sides of a picture in pixels: up to `_MANY` prototypes, and beyond."""
+_LARGE_SIDE, _SMALL_SIDE, _MAX_LARGE = 126, 98, 512
+"""Sides of an image in pixels: up to `_MAX_LARGE` prototypes, and beyond."""
 _QUALITY = 68
-"""Of the JPEG pictures; one strip a prototype, for a file's tables weigh as much as a small picture."""
+"""JPEG quality. The images of a prototype share one file, whose header is as large as a small image."""
 
 
-def build_page(observer: Observer, survey: Survey, alpha: float, facts: str) -> bytes:
-    """The page; its size grows with the number of used prototypes and of nearest images, not with the data set's."""
-    nearest = {prototype: survey.nearest.of(prototype) for prototype in range(len(survey.prototypes))}
-    strips = _strips(
-        observer, {prototype: [image for image, _ in found] for prototype, found in nearest.items()}, alpha
-    )
-    similar = _similar(survey.prototypes)
-    shown = sorted({image for found in nearest.values() for image, _ in found})
-    place = {image: number for number, image in enumerate(shown)}
-    data = {
-        "images": survey.images,
-        "names": [observer.squares.name(image) for image in shown],
-        "prototypes": [
-            {
-                "images": int(survey.images_using[prototype]),
-                "area": round(float(survey.area[prototype]) / survey.images, 7),
-                "nearest": [[place[image], round(score, 3)] for image, score in found],
-                "similar": similar[prototype],
-                "strip": strips.get(prototype, ""),
-            }
-            for prototype, found in nearest.items()
-        ],
-    }
-    used = (
-        f"{len(survey.used)} of {len(survey.prototypes)} prototypes used, {survey.slots_per_image:.1f} slots an image"
-    )
-    words = _TEMPLATE.read_text(encoding="utf-8")
-    words = words.replace("{{facts}}", html.escape(facts)).replace("{{used}}", html.escape(used))
-    return words.replace("{{data}}", _in_script(data)).encode()
+def build_page(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float, details: str) -> bytes:
+    """Return the page; its size depends on the number of used prototypes and of nearest images, not on the dataset.
+
+    Args:
+        extractor: gives the images and their scores.
+        stats: of the images.
+        alpha: how much the images are darkened outside of a prototype's region.
+        details: model and images in one line.
+    """
+    used = f"{len(stats.used)} of {len(stats.prototypes)} prototypes used, {stats.slots_per_image:.1f} slots per image"
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    page = page.replace("{{details}}", html.escape(details)).replace("{{used}}", html.escape(used))
+    # JSON inside a script element: without "<", no file name can end the element.
+    data = json.dumps(collect_data(extractor, stats, alpha), separators=(",", ":")).replace("<", "\\u003c")
+    return page.replace("{{data}}", data).encode()
 
 
-def _in_script(data: dict[str, Any]) -> str:
-    """JSON that no file name can end early: `</script>` has no `<` in it."""
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+def collect_data(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float) -> dict[str, Any]:
+    """Return what the page shows, as JSON: `images` (how many), `names` of the shown ones, and the `prototypes`.
+
+    Of each prototype: `images` (how many use it), `area` (share of all images), `nearest` (pairs of an index into
+    `names` and a cosine similarity), `similar` (pairs of a prototype and a cosine similarity) and `strip` (the nearest
+    images side by side as a JPEG in base64).
+    """
+    rankings = {prototype: stats.nearest.ranking(prototype) for prototype in range(len(stats.prototypes))}
+    side = _LARGE_SIDE if len(rankings) <= _MAX_LARGE else _SMALL_SIDE
+    strips = {prototype: encode_jpeg(strip) for prototype, strip in render_strips(extractor, rankings, side, alpha)}
+    similar = most_similar(stats.prototypes)
+    shown = sorted({index for ranking in rankings.values() for index, _ in ranking})
+    position = {index: number for number, index in enumerate(shown)}
+    prototypes = [
+        {
+            "images": int(stats.image_counts[prototype]),
+            "area": round(float(stats.area[prototype]) / stats.num_images, 7),
+            "nearest": [[position[index], round(score, 3)] for index, score in ranking],
+            "similar": similar[prototype],
+            "strip": strips.get(prototype, ""),
+        }
+        for prototype, ranking in rankings.items()
+    ]
+    names = [extractor.crops.name(index) for index in shown]
+    return {"images": stats.num_images, "names": names, "prototypes": prototypes}
 
 
-def _similar(prototypes: Tensor, count: int = 4) -> list[list[list[float]]]:
-    """The closest other prototypes of each, and their cosines: K lists of [number, cosine]."""
+def most_similar(prototypes: Tensor, count: int = 4) -> list[list[list[float]]]:
+    """Return the `count` most similar other prototypes of each: K lists of [number, cosine similarity]."""
     unit = F.normalize(prototypes.float(), dim=1)
     cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    best, others = cosines.topk(min(count, len(unit) - 1), dim=1)
+    values, indices = cosines.topk(min(count, len(unit) - 1), dim=1)
     return [
-        [[number, round(cosine, 2)] for number, cosine in zip(*pair)] for pair in zip(others.tolist(), best.tolist())
+        [[number, round(cosine, 2)] for number, cosine in zip(*row)] for row in zip(indices.tolist(), values.tolist())
     ]
 
 
-def _strips(observer: Observer, nearest: dict[int, list[int]], alpha: float) -> dict[int, str]:
-    """Each prototype's pictures side by side, as base64 of one JPEG."""
-    about = _LARGE if len(nearest) <= _MANY else _SMALL
-    waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)
-    strips = {}
-    pictures = lit_regions(observer, nearest, about, alpha, what="pictures")
-    for lit in pictures:
-        waiting[lit.prototype][lit.rank] = lit.picture
-        if len(waiting[lit.prototype]) == len(nearest[lit.prototype]):
-            ranked = waiting.pop(lit.prototype)
-            strips[lit.prototype] = _jpeg(torch.cat([ranked[rank] for rank in sorted(ranked)], dim=1))
-    return strips
-
-
-def _jpeg(picture: Tensor) -> str:
+def encode_jpeg(pixels: Tensor) -> str:
+    """Encode pixels (H, W, 3) uint8 as a JPEG in base64."""
     file = BytesIO()
-    Image.fromarray(picture.numpy()).save(file, format="jpeg", quality=_QUALITY, optimize=True)
+    Image.fromarray(pixels.numpy()).save(file, format="jpeg", quality=_QUALITY, optimize=True)
     return base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Figure: cells of many images, laid out by t-SNE of their projections, colored by slot."""
+"""Figure: a t-SNE of the projections of many images, colored by prototype."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,77 +6,87 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.layout import new_figure
 from utils.errors import UsageError
-from transfer.figures.looking import Observer
-from transfer.figures.sheet import PALE
 from utils.visualization import palette
 
-_NAMED = 40
-"""Prototypes with most cells, whose numbers are written where there is room."""
+_MAX_LABELS = 40
 
 
-def draw_tsne(observer: Observer, images: Sequence[int], points: int, seed: int, dpi: int, facts: str) -> Figure:
-    """About `points` cells, spread evenly over `images`.
+def draw_tsne(
+    extractor: FeatureExtractor, indices: Sequence[int], num_points: int, seed: int, dpi: int, details: str
+) -> Figure:
+    """Draw about `num_points` positions of the feature maps of images.
 
     Raises:
-        UsageError: scikit-learn is not installed, or there are too few cells.
+        UsageError: scikit-learn is not installed, or there are too few positions.
     """
     try:
         from sklearn.manifold import TSNE
     except ImportError:
         raise UsageError("--figure tsne needs scikit-learn; pip install scikit-learn") from None
-    features, slots = sample_cells(observer, images, points, seed)
-    if len(features) < 10:
-        raise UsageError(f"--figure tsne: {len(features)} cells are too few; use more images or a larger --image-size")
-    perplexity = min(30, (len(features) - 1) / 3)
-    places = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features)
-    return _plot(places, slots, dpi, f"{len(features):,} cells of {facts}")
-
-
-def sample_cells(observer: Observer, images: Sequence[int], points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalized projections (N, D) of cells drawn from `images`, as many from each, and their prototypes (N,)."""
-    each = -(-points // len(images))
-    features, slots = [], []
-    for seen in observer.look(images, "reading"):
-        projections = F.normalize(seen.projections.float(), dim=1).flatten(2).transpose(1, 2).cpu()
-        winners = seen.scores.argmax(dim=1).flatten(1).cpu()
-        for number, rows, won in zip(seen.numbers.tolist(), projections, winners):
-            chosen = np.random.default_rng([seed, number]).permutation(len(rows))[:each]
-            features.append(rows[chosen])
-            slots.append(won[chosen])
-    return torch.cat(features).numpy(), torch.cat(slots).numpy()
-
-
-def _plot(places: np.ndarray, slots: np.ndarray, dpi: int, facts: str) -> Figure:
-    wide, high = np.ptp(places, axis=0)
-    height = float(np.clip(7.8 * high / wide, 4, 10))
-    figure = Figure(figsize=(8, height + 0.8), dpi=dpi, facecolor="white")
-    axes = figure.add_axes((0.0125, 0.1 / (height + 0.8), 0.975, height / (height + 0.8)))
-    axes.axis("off")
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.03)
-    left, top = 0.2 / 8, 1 - 0.2 / (height + 0.8)
-    figure.text(left, top, "Cells by likeness (t-SNE), colored by slot", fontsize=12, weight="bold", va="top")
-    figure.text(left, top - 0.26 / (height + 0.8), facts, fontsize=8.5, color=PALE, va="top", parse_math=False)
-    found, counts = np.unique(slots, return_counts=True)
-    order = found[np.argsort(-counts, kind="stable")]
-    colors = dict(zip(order.tolist(), palette(len(order)).numpy()))
-    size = float(np.clip(32_000 / len(places), 3, 30))
-    axes.scatter(places[:, 0], places[:, 1], s=size, c=[colors[slot] for slot in slots.tolist()], linewidths=0)
-    written: list[np.ndarray] = []
-    apart = np.array([0.045, 0.025]) * max(wide, high)
-    for prototype in order[:_NAMED].tolist():
-        own = places[slots == prototype]
-        place = own[np.abs(own - np.median(own, axis=0)).sum(axis=1).argmin()]  # a cell of its own, near the middle
-        if all((np.abs(place - other) > apart).any() for other in written):
-            written.append(place)
-            _write_number(axes, place, prototype, colors[prototype])
+    projections, prototypes = sample_projections(extractor, indices, num_points, seed)
+    if len(projections) < 10:
+        raise UsageError(f"--figure tsne: only {len(projections)} positions; use more images or a larger --image-size")
+    perplexity = min(30, (len(projections) - 1) / 3)
+    points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(projections)
+    width, height = np.ptp(points, axis=0)
+    size = 8, float(np.clip(7.8 * height / width, 4, 10)) + 0.8
+    figure = new_figure(
+        size, dpi, "t-SNE of projections, colored by prototype", f"{len(points):,} positions · {details}"
+    )
+    _draw_points(figure.subplots(), points, prototypes)
     return figure
 
 
-def _write_number(axes: Any, place: np.ndarray, prototype: int, color: np.ndarray) -> None:
-    ink = "black" if color @ (0.3, 0.59, 0.11) > 0.6 else "white"
+def sample_projections(
+    extractor: FeatureExtractor, indices: Sequence[int], num_points: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample positions of feature maps, equally many from each image.
+
+    Returns:
+        Their normalized projections (N, D) and the prototypes with the highest score there (N,).
+    """
+    per_image = -(-num_points // len(indices))
+    projections, prototypes = [], []
+    for batch in extractor.extract(indices, "extracting"):
+        rows = F.normalize(batch.projections.float(), dim=1).flatten(2).transpose(1, 2).cpu()
+        assignments = batch.scores.argmax(dim=1).flatten(1).cpu()
+        for index, features, assignment in zip(batch.indices.tolist(), rows, assignments):
+            chosen = np.random.default_rng([seed, index]).permutation(len(features))[:per_image]
+            projections.append(features[chosen])
+            prototypes.append(assignment[chosen])
+    return torch.cat(projections).numpy(), torch.cat(prototypes).numpy()
+
+
+def _draw_points(axes: Axes, points: np.ndarray, prototypes: np.ndarray) -> None:
+    """Draw points (N, 2), and the numbers of the most frequent prototypes where they do not overlap."""
+    axes.axis("off")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.03)
+    numbers, inverse, counts = np.unique(prototypes, return_inverse=True, return_counts=True)
+    by_count = np.argsort(-counts, kind="stable")
+    colors = np.empty((len(numbers), 3))
+    colors[by_count] = palette(len(numbers)).numpy()
+    size = float(np.clip(32_000 / len(points), 3, 30))
+    axes.scatter(points[:, 0], points[:, 1], s=size, c=colors[inverse], linewidths=0)
+
+    positions: list[np.ndarray] = []
+    min_distance = np.array([0.045, 0.025]) * np.ptp(points, axis=0).max()
+    for cluster in by_count[:_MAX_LABELS]:
+        members = points[inverse == cluster]
+        position = members[np.abs(members - np.median(members, axis=0)).sum(axis=1).argmin()]
+        if all((np.abs(position - other) > min_distance).any() for other in positions):
+            positions.append(position)
+            _draw_label(axes, position, str(numbers[cluster]), colors[cluster])
+
+
+def _draw_label(axes: Axes, position: np.ndarray, text: str, color: np.ndarray) -> None:
+    luminance = color @ (0.3, 0.59, 0.11)
     box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
-    axes.text(*place, str(prototype), fontsize=7.5, weight="bold", ha="center", va="center", color=ink, bbox=box)
+    style: dict[str, Any] = {"fontsize": 7.5, "weight": "bold", "ha": "center", "va": "center", "bbox": box}
+    axes.text(position[0], position[1], text, color="black" if luminance > 0.6 else "white", **style)

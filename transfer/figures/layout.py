@@ -1,0 +1,72 @@
+"""Create figures in the common style, arrange panels in a grid, and save figures."""
+
+import math
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from utils.errors import UsageError
+from utils.files import atomic_write
+
+TEXT_COLOR, MUTED_COLOR = "#222222", "#6b6b6b"
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")
+_MAX_PIXELS = 16_000
+"""Largest side of a figure in pixels; few programs open larger images."""
+
+
+def new_figure(size: tuple[float, float], dpi: int, title: str, details: str) -> Figure:
+    """Create a figure of (width, height) in inches with a title and a line of details below its panels.
+
+    Raises:
+        UsageError: the figure would have too many pixels.
+    """
+    width, height = (round(side * dpi) for side in size)
+    if max(width, height) > _MAX_PIXELS:
+        raise UsageError(f"a figure of {width} x {height} pixels is too large; lower --sampling, --topk or --dpi")
+    layout = ConstrainedLayoutEngine(compress=True, w_pad=0.05, h_pad=0.06)
+    figure = Figure(figsize=size, dpi=dpi, layout=layout)
+    figure.suptitle(title, x=0, ha="left", fontsize=11, weight="bold", color=TEXT_COLOR)
+    figure.supxlabel(details, x=0, ha="left", fontsize=8, color=MUTED_COLOR, parse_math=False)
+    return figure
+
+
+def grid_shape(count: int, width: float, height: float, aspect: float = 1.3) -> tuple[int, int]:
+    """Return the rows and columns that give `count` panels of `width` x `height` about the aspect ratio `aspect`."""
+    columns = min(count, max(1, round(math.sqrt(count * aspect * height / width))))
+    rows = math.ceil(count / columns)
+    return rows, math.ceil(count / rows)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of its suffix; the same figure gives the same bytes.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    file = BytesIO()
+    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    with matplotlib.rc_context({"svg.hashsalt": "slots", "pdf.fonttype": 42}):
+        figure.savefig(file, format=path.suffix[1:].lower(), metadata=dates, bbox_inches="tight", pad_inches=0.2)
+    write_file(path, file.getvalue())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        atomic_write(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def shorten(text: str, length: int) -> str:
+    """Shorten `text` to at most `length` characters by leaving out its middle."""
+    if len(text) <= length:
+        return text
+    return f"{text[: (length - 1) // 2]}…{text[-(length // 2) :]}"
