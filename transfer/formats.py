@@ -1,4 +1,4 @@
-"""The files that other frameworks read: their names for a tensor, and how they are written and read back."""
+"""The file formats of other frameworks: their names for a ResNet's tensors, and how the files are written and read."""
 
 import json
 import pickle
@@ -13,26 +13,26 @@ import safetensors.torch
 import torch
 
 from transfer.encoders import PROVENANCE, EncoderWeights
-from utils.safe_pickle import load_arrays
 from utils.checkpoint import Weights
 from utils.errors import UsageError
 from utils.files import atomic_write
+from utils.safe_pickle import load_arrays
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a framework keeps an encoder."""
+    """How a framework stores an encoder."""
 
     write: Callable[[BinaryIO, Weights, dict[str, Any]], object]
-    """Weights under the framework's names and their provenance, into an open file."""
+    """Writes weights, by the framework's names, and their provenance into an open file."""
     vits: bool = False
-    """Whether it takes ViTs under timm's names as well as ResNets."""
+    """Whether it takes ViTs by timm's names as well as ResNets."""
     rename: Callable[[str], str] = str
-    """torchvision's name of a ResNet's tensor -> the framework's."""
+    """Maps torchvision's name of a ResNet's tensor to the framework's."""
 
 
 def detectron2_name(name: str) -> str:
-    """torchvision's name of a ResNet's tensor -> detectron2's, below `backbone.bottom_up.`.
+    """Map torchvision's name of a ResNet's tensor to detectron2's, below `backbone.bottom_up.`.
 
     `layer1.0.conv1.weight` -> `res2.0.conv1.weight`, `layer1.0.bn1.bias` -> `res2.0.conv1.norm.bias`,
     `layer1.0.downsample.0.weight` -> `res2.0.shortcut.weight`, `bn1.weight` -> `stem.conv1.norm.weight`.
@@ -44,7 +44,7 @@ def detectron2_name(name: str) -> str:
 
 
 def torchvision_name(name: str) -> str:
-    """detectron2's name of a ResNet's tensor -> torchvision's; the inverse of `detectron2_name`."""
+    """Map detectron2's name of a ResNet's tensor to torchvision's; the inverse of `detectron2_name`."""
     name = name.removeprefix("stem.").replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
     name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name)
     return re.sub(r"^res(\d)\.", lambda stage: f"layer{int(stage[1]) - 1}.", name)
@@ -59,7 +59,8 @@ def _write_safetensors(file: BinaryIO, weights: Weights, provenance: dict[str, A
 
 
 def _write_detectron2(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
-    # `matching_heuristics` lets detectron2 find its own `backbone.bottom_up.` (FPN) or `backbone.` (C4) for each name.
+    # With `matching_heuristics` detectron2 adds its own prefix to each name: `backbone.bottom_up.` (FPN) or
+    # `backbone.` (C4).
     model = {name: value.numpy() for name, value in weights.items()}
     state = {"model": model, "__author__": "slot pre-training", "matching_heuristics": True, PROVENANCE: provenance}
     pickle.dump(state, file, protocol=4)
@@ -75,30 +76,31 @@ FORMATS = {
 
 
 def write(path: Path, encoder: EncoderWeights, target: str) -> None:
-    """Write `encoder` for the framework `target`, one of FORMATS, whole or not at all.
+    """Write `encoder` atomically for the framework `target`, a key of FORMATS.
 
     Raises:
-        UsageError: the framework has no such architecture, or the disk does not take the file.
+        UsageError: the framework has no such architecture, or the file cannot be written.
     """
-    form = FORMATS[target]
-    if encoder.arch.startswith("vit") and not form.vits:
+    format_ = FORMATS[target]
+    if encoder.arch.startswith("vit") and not format_.vits:
         names = " or ".join(name for name, other in FORMATS.items() if other.vits)
-        raise UsageError(f"a {encoder.arch} has no {target} form here; transfer/convert.py --to {names} has")
-    weights = {form.rename(name): value.contiguous() for name, value in encoder.weights.items()}
+        raise UsageError(f"--to {target} has no {encoder.arch}; use transfer/convert.py --to {names}")
+    weights = {format_.rename(name): value.contiguous() for name, value in encoder.weights.items()}
     try:
-        atomic_write(path, lambda file: form.write(file, weights, encoder.provenance | {"format": target}))
+        atomic_write(path, lambda file: format_.write(file, weights, encoder.provenance | {"format": target}))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_detectron2(path: Path) -> dict[str, Any]:
-    """What a converted detectron2 `.pkl` holds, of which no code runs: `model`, arrays by its names, and provenance.
+    """Read a converted detectron2 `.pkl` without running code: `model`, arrays by its names, and provenance.
 
     Raises:
-        UsageError: it is missing, damaged, holds code, or has no such arrays.
+        UsageError: the file is missing, damaged, holds code, or has no such arrays.
     """
     state = load_arrays(path, "converted")
     model = state.get("model")
-    if not isinstance(model, dict) or not all(isinstance(value, np.ndarray) for value in model.values()):
+    entries = model.items() if isinstance(model, dict) else [("", None)]
+    if not all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in entries):
         raise UsageError(f"{path}: no detectron2 file; make one with transfer/detection/convert_pretrain_to_d2.py")
     return state

@@ -6,16 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from models.grouping import Grouping
-from models.heads import MLP
+from models.heads import Projector
 from transfer.encoders import build_network, read_encoder
 from utils import checkpoint
+from utils.checkpoint import Weights
 from utils.errors import UsageError
+
+_TEMPERATURE = 0.07
+"""Of the attention that pools slots; scores do not depend on it."""
 
 
 class TrainedSlots(nn.Module):
-    """Encoder, projector and prototypes of one half of a trained method, frozen, in evaluation mode."""
+    """Encoder, projector and prototypes of the student or the teacher, frozen, in evaluation mode."""
 
-    def __init__(self, encoder: nn.Module, projector: MLP, grouping: Grouping):
+    def __init__(self, encoder: nn.Module, projector: Projector, grouping: Grouping):
         super().__init__()
         self.encoder, self.projector, self.grouping = encoder, projector, grouping
         self.eval().requires_grad_(False)
@@ -26,46 +30,13 @@ class TrainedSlots(nn.Module):
         return self.grouping.slot_embed.weight
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized images (B, 3, H, W) -> projections (B, D, h, w) and scores (B, K, h, w), cosines."""
+        """Map normalized images (B, 3, H, W) to projections (B, D, h, w) and scores (B, K, h, w), which are cosines."""
         projections = self.projector(self.encoder(images))
-        return projections, self.grouping(projections).scores
-
-
-def load_slots(path: Path | str, which: str | None = None, output_stride: int = 32) -> TrainedSlots:
-    """The slots of a checkpoint of this project or a released one; all sizes are told by the weights.
-
-    Raises:
-        UsageError: as `read_encoder`, or the file has no prototypes or no projector.
-    """
-    encoder = read_encoder(path, which)
-    suffix = "q" if encoder.provenance["encoder"] == "student" else "k"
-    weights = checkpoint.load_weights(path, "checkpoint")
-    projector = {name: weights[name] for name in weights if name.startswith(f"projector_{suffix}.")}
-    prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
-    if prototypes is None or not projector:
-        whole = "slots are in whole checkpoints of slotcon and slotfa alone"
-        raise UsageError(f"{path}: no prototypes in it; {whole}, others can be clustered with --clusters")
-    projector = {name.partition(".")[2]: value.float() for name, value in projector.items()}
-    for name in ("mlp.0.weight", "mlp.6.weight"):
-        if name not in projector:
-            raise UsageError(f"{path}: projector_{suffix}.{name} is missing; the file is not whole")
-    if prototypes.ndim != 2 or prototypes.shape[1] != len(projector["mlp.6.weight"]):
-        shape = tuple(prototypes.shape)
-        raise UsageError(f"{path}: prototypes of shape {shape} do not fit its projector; the file is not whole")
-    for name, value in {**projector, "prototypes": prototypes}.items():
-        if not value.isfinite().all():
-            raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
-    hidden, width = projector["mlp.0.weight"].shape[:2]
-    head = MLP(width, hidden, len(projector["mlp.6.weight"]), maps=True)
-    checkpoint.load_strict(head, projector, f"{path}: projector_{suffix}")
-    # The temperature shapes slots, not scores.
-    grouping = Grouping(len(prototypes), prototypes.shape[1], temperature=0.07)
-    checkpoint.load_strict(grouping, {"slot_embed.weight": prototypes.float()}, f"{path}: grouping_{suffix}")
-    return TrainedSlots(build_network(encoder, output_stride), head, grouping)
+        return projections, self.grouping.scores(projections)
 
 
 class Projections(nn.Module):
-    """Normalized images (B, 3, H, W) -> projections (B, D, h, w), whose cosines with the prototypes are the scores."""
+    """Map normalized images (B, 3, H, W) to projections (B, D, h, w)."""
 
     def __init__(self, slots: TrainedSlots):
         super().__init__()
@@ -75,10 +46,55 @@ class Projections(nn.Module):
         return self.slots(images)[0]
 
 
+def load_slots(path: Path | str, which: str | None = None, output_stride: int = 32) -> TrainedSlots:
+    """Load the slots of a checkpoint of this project or a released one; all sizes follow from the weights.
+
+    Args:
+        which: `teacher` or `student`; None for the teacher where the file has both.
+        output_stride: as in `load_encoder`.
+
+    Raises:
+        UsageError: as `read_encoder`, or the file has no prototypes or no projector.
+    """
+    encoder = read_encoder(path, which)
+    suffix = "q" if encoder.provenance["encoder"] == "student" else "k"
+    weights = checkpoint.load_weights(path, "checkpoint")
+    prefix = f"projector_{suffix}."
+    projector_weights = {
+        name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)
+    }
+    prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
+    if prototypes is None or not projector_weights:
+        cure = "slots are in complete checkpoints of slotcon and slotfa; others can be clustered with --clusters"
+        raise UsageError(f"{path}: no prototypes in it; {cure}")
+    for name, value in {**projector_weights, "prototypes": prototypes}.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
+    projector = _build_projector(projector_weights, f"{path}: projector_{suffix}")
+    dim = len(projector_weights["mlp.6.weight"])
+    if prototypes.ndim != 2 or prototypes.shape[1] != dim:
+        shape = tuple(prototypes.shape)
+        raise UsageError(f"{path}: prototypes of shape {shape} do not fit its projector; the file is incomplete")
+    grouping = Grouping(len(prototypes), dim, temperature=_TEMPERATURE)
+    checkpoint.load_strict(grouping, {"slot_embed.weight": prototypes.float()}, f"{path}: grouping_{suffix}")
+    return TrainedSlots(build_network(encoder, output_stride), projector, grouping)
+
+
+def _build_projector(weights: Weights, where: str) -> Projector:
+    for name in ("mlp.0.weight", "mlp.6.weight"):
+        if name not in weights or weights[name].ndim < 2:
+            raise UsageError(f"{where}.{name} is missing; the file is incomplete")
+    dim_hidden, dim_in = weights["mlp.0.weight"].shape[:2]
+    projector = Projector(dim_in, dim_hidden, len(weights["mlp.6.weight"]))
+    checkpoint.load_strict(projector, weights, where)
+    return projector
+
+
 def untrained_slots(slots: TrainedSlots, network: nn.Module, seed: int) -> TrainedSlots:
-    """Projector and prototypes of the sizes of `slots` as pre-training starts with them, on an untrained `network`."""
-    hidden, width = slots.projector.state_dict()["mlp.0.weight"].shape[:2]
+    """Return an untrained projector and prototypes, of the sizes of `slots`, on an untrained `network`."""
+    dim_hidden, dim_in = slots.projector.state_dict()["mlp.0.weight"].shape[:2]
     count, dim = slots.prototypes.shape
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return TrainedSlots(network, MLP(width, hidden, dim, maps=True), Grouping(count, dim, temperature=0.07))
+        projector = Projector(dim_in, dim_hidden, dim)
+        return TrainedSlots(network, projector, Grouping(count, dim, temperature=_TEMPERATURE))

@@ -1,4 +1,4 @@
-"""Does a converted encoder compute what its source does: both see one image, through the framework's own network."""
+"""Check that a converted encoder computes the same features as its source, through the framework's own network."""
 
 import io
 import warnings
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.demo import render_scene
-from transfer.encoders import EncoderWeights, build_network, converted_from, infer_arch, read_encoder
+from transfer.encoders import EncoderWeights, build_network, infer_arch, read_encoder, read_provenance
 from transfer.formats import read_detectron2, torchvision_name
 from utils import checkpoint
 from utils.batch import MEAN, STD
@@ -22,123 +22,136 @@ from utils.checkpoint import Weights
 from utils.errors import UsageError
 
 TOLERANCE = 1e-5
-"""The largest difference between two features, as a share of the largest feature."""
+"""The largest accepted difference between two features, as a fraction of the largest feature."""
 
-_SIZE = 224
+_IMAGE_SIZE = 224
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
-"""The ResNets that detectron2 and mmseg build from a depth alone."""
+"""The ResNets that detectron2 and mmseg build from a depth."""
 
 Network = Callable[[Tensor], Tensor]
 
 
 def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, target: str | None = None) -> str:
-    """Compare the last feature maps of `source`'s encoder and of `converted`, each fed as its provenance says.
+    """Compare the last feature maps of two encoders, each with the input that its provenance asks for.
 
-    Then all tensors: in a young network a residual branch may have no part in the features yet.
+    All tensors are compared as well, because at the start of training some do not contribute to the features.
 
     Args:
-        which: the encoder of `source` to compare, as in `read_encoder`.
+        source: the checkpoint that was converted.
+        converted: the result.
+        which: the encoder of `source`, as in `read_encoder`.
         pixels: an image, from `load_image`.
         target: the framework that `converted` has to be for; None for any.
 
     Returns:
-        What was compared, and the largest difference as a share of the largest feature.
+        A line with the largest difference, as a fraction of the largest feature, and with the network that ran.
 
     Raises:
-        UsageError: they differ by more than TOLERANCE; it says what `converted` holds instead, where that is found.
+        UsageError: the difference exceeds TOLERANCE; the message names the cause where it is recognized.
     """
     encoder = read_encoder(source, which)
     weights, provenance = _read_converted(converted)
-    if target and (made := provenance.get("format", target)) != target:
-        raise UsageError(f"{converted}: is made for {made}, not for {target}")
+    if target and (made_for := provenance.get("format", target)) != target:
+        raise UsageError(f"{converted}: is made for {made_for}, not for {target}")
     arch = infer_arch(weights, str(converted))
     if arch != encoder.arch:
         raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")
-    inputs = _normalize(pixels, provenance.get("color_order"), provenance.get("mean"), provenance.get("std"))
-    network, where = _converted_network(converted, weights, arch, provenance.get("format", ""))
+    network, description = _converted_network(converted, weights, arch, provenance.get("format", ""))
     with torch.inference_mode():
-        found = network(inputs)
-        difference = _difference(_features(encoder, pixels), found)
-        if not difference <= TOLERANCE:
-            instead = _diagnose(source, encoder, pixels, found)
-            raise UsageError(f"{converted}: its features differ from {source}'s by {difference:.1g}{instead}")
-    facts = encoder.provenance
-    other_input = any(provenance.get(name, facts[name]) != facts[name] for name in ("color_order", "mean", "std"))
+        features = network(_normalize(pixels, provenance))
+        difference = _max_difference(features, _compute_features(encoder, pixels))
+        if not difference <= TOLERANCE:  # also if it is not a number
+            cause = _diagnose(source, encoder, pixels, features)
+            raise UsageError(f"{converted}: its features differ from {source}'s by {difference:.1g}{cause}")
+    _check_tensors(source, converted, encoder, weights, provenance)
+    return f"features differ by {difference:.1g} of the largest, in {description}"
+
+
+def _check_tensors(
+    source: Path, converted: Path, encoder: EncoderWeights, weights: Weights, provenance: dict[str, Any]
+) -> None:
+    """Compare all tensors, except the first layer where the two networks ask for different inputs."""
+    same_input = all(
+        provenance.get(name, encoder.provenance[name]) == encoder.provenance[name]
+        for name in ("color_order", "mean", "std")
+    )
     for name, value in encoder.weights.items():
-        if not torch.equal(value, weights[name].to(value.dtype)) and not (other_input and name == _first(weights)):
+        compared = same_input or name != _first_layer(weights)
+        if compared and not torch.equal(value, weights[name].to(value.dtype)):
             raise UsageError(f"{converted}: {name} differs from {source}'s; convert it again")
-    return f"features differ by {difference:.1g} of the largest, in {where}"
 
 
 def _read_converted(path: Path) -> tuple[Weights, dict[str, Any]]:
-    """A converted file's weights under torchvision's or timm's names, and its provenance."""
+    """Return a converted file's weights, by torchvision's or timm's names, and its provenance."""
     if path.suffix == ".pkl":
         state = read_detectron2(path)
-        arrays = {torchvision_name(name): torch.from_numpy(np.array(value)) for name, value in state["model"].items()}
-        return arrays, converted_from(state)
+        return {torchvision_name(name): torch.from_numpy(array) for name, array in state["model"].items()}, (
+            read_provenance(state)
+        )
     state = checkpoint.load(path, "converted")
     _, weights = checkpoint.find_encoder(checkpoint.extract_weights(state, str(path)))
-    return weights, converted_from(state)
+    return weights, read_provenance(state)
 
 
 def load_image(image: Path | None = None) -> Tensor:
-    """A photograph, or a drawn scene: (1, 3, 224, 224) RGB levels 0..1.
+    """Return an image, or a rendered scene if None, as RGB levels in 0..1: (1, 3, 224, 224).
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the file cannot be read.
     """
     if image is None:
-        pixels, _ = render_scene(0, "val", 0, _SIZE, _SIZE)
+        pixels, _ = render_scene(0, "val", 0, _IMAGE_SIZE, _IMAGE_SIZE)
     else:
         try:
-            pixels = np.array(Image.open(image).convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC))
+            resized = Image.open(image).convert("RGB").resize((_IMAGE_SIZE, _IMAGE_SIZE), Image.Resampling.BICUBIC)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"--verify {image}: cannot be read as an image ({reason})") from None
+        pixels = np.array(resized)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
-def _normalize(pixels: Tensor, color_order: str | None, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    """What a network that wants this color order, mean and deviation is fed; RGB and ImageNet's where it is silent."""
-    center, scale = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean or MEAN, std or STD))
-    return ((pixels.flip(1) if color_order == "BGR" else pixels) - center) / scale
+def _normalize(pixels: Tensor, provenance: dict[str, Any]) -> Tensor:
+    """Return RGB levels (B, 3, H, W) as the network's input; by default RGB with ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(provenance.get(name, default)) for name, default in (("mean", MEAN), ("std", STD)))
+    ordered = pixels.flip(1) if provenance.get("color_order") == "BGR" else pixels
+    return (ordered - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
-def _features(encoder: EncoderWeights, pixels: Tensor) -> Tensor:
-    facts = encoder.provenance
-    return _own_network(encoder.arch, encoder.weights)(
-        _normalize(pixels, facts["color_order"], facts["mean"], facts["std"])
-    )
+def _compute_features(encoder: EncoderWeights, pixels: Tensor) -> Tensor:
+    return _own_network(encoder)(_normalize(pixels, encoder.provenance))
 
 
-def _difference(wanted: Tensor, found: Tensor) -> float:
-    if wanted.shape != found.shape:
+def _max_difference(features: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a fraction of the largest expected feature; infinite between other shapes."""
+    if expected.shape != features.shape:
         return float("inf")
-    return float((wanted - found).abs().max() / wanted.abs().max())
+    return float((expected - features).abs().max() / expected.abs().max())
 
 
-def _first(weights: Weights) -> str:
-    """The layer that sees the colors."""
+def _first_layer(weights: Weights) -> str:
+    """Return the name of the weights that are applied to the color channels."""
     return "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
 
 
-def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, found: Tensor) -> str:
-    """What else of the source gives these features."""
-    first = _first(encoder.weights)
+def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, features: Tensor) -> str:
+    """Return what other encoder of the source, or with what other input, has these features."""
+    first = _first_layer(encoder.weights)
     swapped = encoder.weights | {first: encoder.weights[first].flip(1)}
-    others = {"of swapped color channels (RGB and BGR)": replace(encoder, weights=swapped)}
+    candidates = {"of swapped color channels (RGB and BGR)": replace(encoder, weights=swapped)}
     other = {"teacher": "student", "student": "teacher"}.get(encoder.provenance["encoder"])
     weights = checkpoint.load_weights(source, "checkpoint")
     if other and checkpoint.find_encoder(weights, other)[0] == other:
-        others[f"of the {other}"] = read_encoder(source, other)
-    for name, candidate in others.items():
-        if _difference(_features(candidate, pixels), found) <= TOLERANCE:
+        candidates[f"of the {other}"] = read_encoder(source, other)
+    for name, candidate in candidates.items():
+        if _max_difference(features, _compute_features(candidate, pixels)) <= TOLERANCE:
             return f": they are those {name}; convert it again"
     return "; convert it again"
 
 
 def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> tuple[Network, str]:
-    """The network that the framework `target` builds from `path`, or this project's where it is not installed."""
+    """Return the framework's network, or this project's if the framework is not installed, and which of them it is."""
+    own = EncoderWeights(weights, arch, {})
     frameworks: dict[str, Callable[[Path, str], Network]] = {
         "timm": _timm_network,
         "mmseg": _mmseg_network,
@@ -146,28 +159,21 @@ def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> 
     }
     if target == "timm" or (target in frameworks and arch in _DEPTHS):
         try:
-            # The frameworks print, and warn of what they stand on.
+            # The frameworks print, and warn about their own dependencies.
             with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 return frameworks[target](path, arch), f"{target}'s network"
         except ImportError:
-            return _own_network(arch, weights), f"this project's network ({target} is not installed)"
-        except Exception as error:  # each framework has its own for what does not fit
+            return _own_network(own), f"this project's network ({target} is not installed)"
+        except Exception as error:  # every framework raises its own
             raise UsageError(f"{path}: {target} cannot load it ({' '.join(str(error).split())[:200]})") from None
-    return _own_network(arch, weights), "this project's network"
+    return _own_network(own), "this project's network"
 
 
-def _own_network(arch: str, weights: Weights) -> Network:
-    """torchvision's ResNet, or timm's ViT."""
-    if arch.startswith("vit"):
-        try:
-            import timm
-        except ImportError:
-            raise UsageError(f"comparing a {arch} needs timm; pip install timm") from None
-        vit: Any = timm.create_model(arch, num_classes=0)
-        vit.load_state_dict(weights)
-        return vit.eval().forward_features
-    return build_network(EncoderWeights(weights, arch, {}))
+def _own_network(encoder: EncoderWeights) -> Network:
+    """Return this project's network; of a ViT all tokens, as timm's has them, and not its map."""
+    network: Any = build_network(encoder)
+    return getattr(network, "forward_features", network)
 
 
 def _timm_network(path: Path, arch: str) -> Network:

@@ -87,7 +87,91 @@ def _to_plain(value: Any, converted: dict[int, Any]) -> Any:
     return plain
 
 
+# Stand-ins for NumPy.
+
+
+class _DType:
+    """Stand-in for `numpy.dtype`: booleans, integers, floating-point and complex numbers only."""
+
+    def __init__(self, name: str, *_: Any):
+        if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", name):
+            raise _RefusedError(f"an array of {name!r}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])  # the other items are for dtypes with fields
+
+
+class _Array:
+    """Stand-in for `numpy.ndarray`, whose values come with its state."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: tuple[Any, tuple[int, ...], _DType, bool, bytes | str]) -> None:
+        _, shape, dtype, fortran_order, values = state
+        self.array = _read_values(values, dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _read_values(values: bytes | str, dtype: _DType) -> np.ndarray:
+    """Return a writable array (N,) in native byte order; Python 2 wrote bytes as a string."""
+    data = values.encode("latin1") if isinstance(values, str) else values
+    if not isinstance(data, (bytes, bytearray)):
+        raise _RefusedError(f"values in a {type(data).__name__}")
+    array = np.frombuffer(data, dtype.dtype) if data else np.empty(0, dtype.dtype)
+    return array.astype(dtype.dtype.newbyteorder("="))
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(dtype: _DType, values: bytes | str) -> np.generic:
+    return _read_values(values, dtype)[0]
+
+
+def _array_from_buffer(values: bytes, dtype: _DType, shape: tuple[int, ...], order: str, *axes: Any) -> np.ndarray:
+    """Stand-in for `_frombuffer`, which protocol 5 calls."""
+    array = _read_values(values, dtype)
+    if order == "K":
+        (axis_order,) = axes
+        return array.reshape(shape).transpose(axis_order)
+    return array.reshape(shape, order="F" if order == "F" else "C")
+
+
+_NUMPY_GLOBALS: dict[str, Callable[..., Any]] = {"numpy.ndarray": _Array, "numpy.dtype": _DType}
+for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    _NUMPY_GLOBALS |= {
+        f"{_core}.multiarray._reconstruct": _reconstruct,
+        f"{_core}.multiarray.scalar": _scalar,
+        f"{_core}.numeric._frombuffer": _array_from_buffer,
+    }
+
+
 # What `torch.load(weights_only=True)` may rebuild besides PyTorch's own tensors, containers and numbers.
+
+
+class _Namespace:
+    """Stand-in for `argparse.Namespace`."""
+
+
+class _HistoryBuffer:
+    """Stand-in for mmengine's history of a logged value; its content is dropped."""
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _method_of_history(owner: Any, name: Any) -> None:
+    """Stand-in for the `getattr` by which a history refers to its own methods."""
+    if owner is not _HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise _RefusedError("builtins.getattr")
+
+
+_TORCH_GLOBALS = _NUMPY_GLOBALS | {
+    "argparse.Namespace": _Namespace,
+    "mmengine.logging.history_buffer.HistoryBuffer": _HistoryBuffer,
+    "builtins.getattr": _method_of_history,
+}
 
 
 @contextmanager
@@ -103,44 +187,6 @@ def _allow_only(allowed: Mapping[str, Any]) -> Iterator[None]:
         torch.serialization.add_safe_globals(allowed_by_others)
 
 
-class _Namespace:
-    """Stand-in for `argparse.Namespace`."""
-
-
-class _Discarded:
-    """Stand-in for an object that nobody reads: it takes any arguments and any state, and keeps none."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-class _HistoryBuffer(_Discarded):
-    """Stand-in for mmengine's history of a logged value."""
-
-
-def _method_of_history(owner: Any, name: Any) -> _Discarded:
-    """Stand-in for the `getattr` by which a history names its own methods."""
-    if owner is not _HistoryBuffer or name not in ("min", "max", "mean", "current"):
-        raise _RefusedError("builtins.getattr")
-    return _Discarded()
-
-
-_TORCH_GLOBALS: dict[str, Any] = {
-    "argparse.Namespace": _Namespace,
-    "mmengine.logging.history_buffer.HistoryBuffer": _HistoryBuffer,
-    "builtins.getattr": _method_of_history,
-    "numpy.ndarray": _Discarded,
-    "numpy.dtype": _Discarded,
-    "numpy.core.multiarray._reconstruct": _Discarded,
-    "numpy._core.multiarray._reconstruct": _Discarded,
-    "numpy.core.multiarray.scalar": _Discarded,
-    "numpy._core.multiarray.scalar": _Discarded,
-}
-
-
 # What a pickle of arrays may rebuild.
 
 
@@ -149,43 +195,6 @@ class _Dict(dict[Any, Any]):
 
     def __setstate__(self, _: Any) -> None:
         pass
-
-
-class _DType:
-    """Stand-in for `numpy.dtype`: booleans, integers and floating-point numbers only."""
-
-    def __init__(self, name: str, *_: Any):
-        if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", name):
-            raise _RefusedError(f"an array of {name!r}")
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])  # the rest is of dtypes with fields
-
-
-class _Array:
-    """Stand-in for `numpy.ndarray`, whose values come with its state."""
-
-    array: np.ndarray
-
-    def __setstate__(self, state: tuple[Any, tuple[int, ...], _DType, bool, bytes | str]) -> None:
-        _, shape, dtype, fortran_order, values = state
-        self.array = _read_values(values, dtype).reshape(shape, order="F" if fortran_order else "C")
-
-
-def _read_values(values: bytes | str, dtype: _DType) -> np.ndarray:
-    """Return a writable array (N,); Python 2 wrote bytes as a string."""
-    data = values.encode("latin1") if isinstance(values, str) else bytes(values)
-    return np.frombuffer(data, dtype.dtype).copy() if data else np.empty(0, dtype.dtype)
-
-
-def _array_from_buffer(values: bytes, dtype: _DType, shape: tuple[int, ...], order: str, *axes: Any) -> np.ndarray:
-    """Stand-in for NumPy's function of this name, which protocol 5 calls."""
-    array = _read_values(values, dtype)
-    if order == "K":
-        (axis_order,) = axes
-        return array.reshape(shape).transpose(axis_order)
-    return array.reshape(shape, order="F" if order == "F" else "C")
 
 
 class _Function:
@@ -203,25 +212,17 @@ class _Function:
         raise _RefusedError("the state of a function")
 
 
-_ARRAY_GLOBALS: dict[tuple[str, str], _Function] = {
-    ("collections", "OrderedDict"): _Function(_Dict),
-    ("__builtin__", "bytes"): _Function(lambda: b""),  # protocol 2 has no empty bytes
-    ("_codecs", "encode"): _Function(lambda text, _: str.encode(text, "latin1")),
-    ("numpy", "ndarray"): _Function(_Array),
-    ("numpy", "dtype"): _Function(_DType),
+_ARRAY_GLOBALS: dict[str, Callable[..., Any]] = _NUMPY_GLOBALS | {
+    "collections.OrderedDict": _Dict,
+    "_codecs.encode": lambda text, _: str.encode(text, "latin1"),
+    "__builtin__.bytes": lambda: b"",  # protocol 2 has no empty bytes
 }
-for _core in ("numpy.core", "numpy._core"):
-    _ARRAY_GLOBALS |= {
-        (f"{_core}.multiarray", "_reconstruct"): _Function(lambda *_: _Array()),
-        (f"{_core}.multiarray", "scalar"): _Function(lambda dtype, values: _read_values(values, dtype)[0]),
-        (f"{_core}.numeric", "_frombuffer"): _Function(_array_from_buffer),
-    }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ARRAY_GLOBALS[module, name]
+            return _Function(_ARRAY_GLOBALS[f"{module}.{name}"])
         except KeyError:
             raise _RefusedError(f"{module}.{name}") from None
 
