@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from transfer.encoders import converted_from
+from transfer.encoders import read_provenance
 from utils import checkpoint
 from utils.checkpoint import Weights
 from utils.errors import UsageError
@@ -38,7 +38,7 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
     if mismatch := checkpoint.first_mismatch(weights, backbone.state_dict()):
         name = f"{cfg.model.backbone.type}{cfg.model.backbone.get('depth', '')}"
         raise UsageError(f"PRETRAINED {path}: does not fit the config's backbone {name} ({mismatch}); {_CONVERT}")
-    return weights, converted_from(state)
+    return weights, read_provenance(state)
 
 
 def read_fine_tuned(path: Path, flag: str) -> dict[str, Any]:

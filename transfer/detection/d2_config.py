@@ -1,0 +1,176 @@
+"""Load and check the detectron2 config of a run before anything is built or written.
+
+detectron2 is imported where it is used, so that the other checks can be tested without it.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer.finetuning import data_root
+from utils.errors import UsageError
+from utils.files import check_writable
+
+_CONFIG_GPUS = 8
+_EVALUATORS = ("coco", "cityscapes_instance")
+
+
+def load_config(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Return the frozen detectron2 config of a command on this machine's devices, and notes for the log.
+
+    Raises:
+        UsageError: the file, a key or a value is wrong, or there are not as many GPUs.
+    """
+    import yaml
+    from detectron2.config import get_cfg
+
+    check_options(args)
+    cfg, where = get_cfg(), f"--config-file {args.config_file}"
+    try:
+        cfg.merge_from_file(args.config_file)
+        where = "KEY VALUE"
+        cfg.merge_from_list(args.opts)
+    except (yaml.YAMLError, KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
+    processes, notes = choose_device(cfg, args)
+    if args.auto_scale:
+        cfg = scale_schedule(cfg, processes)
+        solver = f"batch {cfg.SOLVER.IMS_PER_BATCH}, lr {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations"
+        notes.append(f"--auto-scale: {solver}, for {processes} processes instead of {_CONFIG_GPUS}")
+    if cfg.SOLVER.IMS_PER_BATCH % processes and not args.eval_only:
+        raise UsageError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: not a multiple of {processes} GPUs")
+    cfg.freeze()
+    return cfg, notes
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Check the command line without detectron2.
+
+    Raises:
+        UsageError: the config file does not exist, or the KEY VALUE pairs are not pairs.
+    """
+    if not Path(args.config_file).is_file():
+        raise UsageError(f"--config-file {args.config_file}: no such file")
+    flag = next((option for option in args.opts[::2] if option.startswith("--")), None)
+    if flag:
+        raise UsageError(f"{flag}: flags come before the KEY VALUE pairs")
+    if len(args.opts) % 2:
+        raise UsageError(f"{args.opts[-1]}: a key without a value; overrides of the config are KEY VALUE pairs")
+
+
+def choose_device(cfg: Any, args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Set MODEL.DEVICE to `cpu` for --num-gpus 0; return the number of processes on all machines, and notes.
+
+    Raises:
+        UsageError: there are fewer GPUs, or several machines without GPUs or an address.
+    """
+    if args.machine_rank >= args.num_machines:
+        raise UsageError(f"--machine-rank {args.machine_rank}: must be less than --num-machines {args.num_machines}")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UsageError("--dist-url: several machines need tcp://FIRST_MACHINE:PORT")
+    if cfg.MODEL.DEVICE == "cpu" or args.num_gpus == 0:
+        if args.num_machines > 1:
+            raise UsageError("--num-machines: several machines need GPUs, because SyncBN does not work across CPUs")
+        if cfg.SOLVER.AMP.ENABLED:
+            raise UsageError("SOLVER.AMP.ENABLED: detectron2 supports mixed precision on GPUs only")
+        cfg.MODEL.DEVICE = "cpu"
+        return 1, ["no GPU in use: one process on the CPU"]
+    available = torch.cuda.device_count()
+    if args.num_gpus > available:
+        raise UsageError(f"--num-gpus {args.num_gpus}: this machine has {available}; 0 trains on the CPU")
+    return args.num_gpus * args.num_machines, []
+
+
+def scale_schedule(cfg: Any, processes: int) -> Any:
+    """Return the config for another number of processes than 8, with the same batch per process.
+
+    Batch and learning rate scale with the number of processes; iterations, learning-rate steps, warm-up, and the
+    periods of evaluation and checkpoints scale inversely.
+
+    Raises:
+        UsageError: the config's batch is not a multiple of 8.
+    """
+    from detectron2.engine import DefaultTrainer
+
+    if cfg.SOLVER.IMS_PER_BATCH % _CONFIG_GPUS:
+        raise UsageError(
+            f"--auto-scale: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the configs' "
+            f"{_CONFIG_GPUS} GPUs; leave it as in the config, or scale without --auto-scale"
+        )
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = _CONFIG_GPUS
+    return DefaultTrainer.auto_scale_workers(cfg, processes)
+
+
+def check_output_dir(cfg: Any, continues: bool) -> None:
+    """Check that OUTPUT_DIR can be written.
+
+    Args:
+        continues: whether the command resumes or evaluates a run; otherwise OUTPUT_DIR must not hold one.
+
+    Raises:
+        UsageError: it cannot be written, or it holds a run that would be overwritten.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    check_writable("OUTPUT_DIR", folder, overwrite=True, folder=True)
+    if not continues and (folder / "last_checkpoint").is_file():
+        raise UsageError(f"OUTPUT_DIR {folder}: already contains a run; add --resume, or use another OUTPUT_DIR")
+
+
+def check_data(cfg: Any, args: argparse.Namespace) -> None:
+    """Check that the data sets of a run exist and can be evaluated.
+
+    Raises:
+        UsageError: naming the missing path and how to link it, or the data set that cannot be evaluated.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    for name in cfg.DATASETS.TEST if args.eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
+        if name not in DatasetCatalog.list():
+            raise UsageError(f"DATASETS: detectron2 has no data set {name}")
+        check_dataset(name, MetadataCatalog.get(name).as_dict(), args.num_machines)
+
+
+def check_dataset(name: str, metadata: dict[str, Any], num_machines: int) -> None:
+    """Check one data set.
+
+    Args:
+        metadata: detectron2's metadata of the data set: `evaluator_type` and the paths of its files.
+
+    Raises:
+        UsageError: as `check_data`.
+    """
+    evaluator, root = metadata.get("evaluator_type"), data_root("detection").expanduser()
+    if evaluator not in _EVALUATORS:
+        raise UsageError(f"DATASETS: {name} is not instance segmentation on COCO or Cityscapes")
+    for path in (metadata.get(key) for key in ("json_file", "image_root", "image_dir", "gt_dir")):
+        if path and not Path(path).exists():
+            folder = root / Path(path).relative_to(root).parts[0]
+            link = f"mkdir -p {root} && ln -s /path/to/{folder.name} {folder}"
+            raise UsageError(f"{path} does not exist; {link} (or set DETECTRON2_DATASETS)")
+    if evaluator == "cityscapes_instance":
+        if not all(map(importlib.util.find_spec, ("cityscapesscripts", "shapely"))):
+            raise UsageError(f"DATASETS: {name} needs pip install -r transfer/requirements-detection.txt")
+        if num_machines > 1:
+            raise UsageError("--num-machines: detectron2 evaluates Cityscapes on one machine only")
+
+
+def model_state(cfg: Any) -> dict[str, Tensor]:
+    """Return the state of the config's model on the meta device: names and shapes without memory.
+
+    Raises:
+        UsageError: detectron2 cannot build the model.
+    """
+    from detectron2.modeling import build_model
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    try:
+        with torch.device("meta"):
+            return build_model(cfg).state_dict()
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UsageError(f"--config-file: detectron2 cannot build its model ({error})") from None

@@ -1,0 +1,92 @@
+"""Train and evaluate with detectron2, after the checks of `d2_config` and `d2_weights`."""
+
+import argparse
+import importlib
+import multiprocessing
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_setup, launch
+from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from transfer.detection import d2_config, d2_weights
+from transfer.results import write_json
+
+_CITYSCAPES = "deeplearning.projects.cityscapesApi.cityscapesscripts"
+_EVALUATION = ".evaluation.evalInstanceLevelSemanticLabeling"
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's default trainer with the evaluators of COCO and Cityscapes."""
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        if MetadataCatalog.get(dataset_name).evaluator_type == "coco":
+            tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+            return COCOEvaluator(dataset_name, tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+        return CityscapesInstanceEvaluator(dataset_name)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, and return the last evaluation's results on the main process."""
+        super().train()
+        return self._last_eval_results
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything, then train or evaluate in one process per GPU, or in one on the CPU.
+
+    Raises:
+        UsageError: the config, the data, the weights or OUTPUT_DIR is unsuitable; nothing has been written.
+    """
+    cfg, notes = d2_config.load_config(args)
+    d2_config.check_output_dir(cfg, continues=args.resume or args.eval_only)
+    d2_config.check_data(cfg, args)
+    file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
+    d2_weights.check_weights(file, d2_config.model_state(cfg))
+    gpus = 1 if cfg.MODEL.DEVICE == "cpu" else args.num_gpus
+    launch(run_process, gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg, notes))
+
+
+def run_process(args: argparse.Namespace, cfg: CfgNode, notes: list[str]) -> None:
+    """Train or evaluate in one of the processes; the main one writes OUTPUT_DIR/results.json."""
+    default_setup(cfg, args)
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="transfer")
+    for note in notes:
+        logger.info(note)
+    if any(MetadataCatalog.get(name).evaluator_type == "cityscapes_instance" for name in cfg.DATASETS.TEST):
+        patch_cityscapesscripts()
+    file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        logger.info(d2_weights.check_loaded(file, model.state_dict()))
+        results = Trainer.test(cfg, model)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        logger.info(d2_weights.check_loaded(file, trainer.checkpointer.model.state_dict()))
+        results = trainer.train()
+    if comm.is_main_process():
+        write_json(Path(cfg.OUTPUT_DIR) / "results.json", results)
+
+
+def patch_cityscapesscripts() -> None:
+    """Make the public package importable under the name that detectron2 uses, and let it run with NumPy 2."""
+    parts = _CITYSCAPES.split(".")
+    for package in (".".join(parts[:length]) for length in range(1, len(parts))):
+        sys.modules.setdefault(package, ModuleType(package))
+    for name in ("", ".helpers", ".helpers.labels", ".evaluation", _EVALUATION):
+        sys.modules.setdefault(_CITYSCAPES + name, importlib.import_module(f"cityscapesscripts{name}"))
+    # It would write matches.json to the current folder, and it fails on NumPy's numbers.
+    sys.modules[_CITYSCAPES + _EVALUATION].writeDict2JSON = lambda *_: None  # type: ignore[attr-defined]
+    vars(np).setdefault("in1d", np.isin)  # removed in NumPy 2.4, used by cityscapesscripts 2.3
+    # detectron2 reads the annotations in processes that have to inherit these changes.
+    multiprocessing.set_start_method("fork", force=True)

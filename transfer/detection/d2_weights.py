@@ -1,0 +1,181 @@
+"""Read weights files without running code, and compare them with the tensors of a detectron2 model.
+
+detectron2 itself unpickles any file, and only prints a warning about tensors that do not match.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import checkpoint
+from utils.errors import UsageError
+from utils.safe_pickle import load_arrays
+
+BACKBONE = "backbone.bottom_up."
+"""Prefix of the ResNet's tensors in a model with an FPN."""
+
+_CONVERT = "python transfer/detection/convert_pretrain_to_d2.py"
+_BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+logging.getLogger("iopath").addHandler(logging.NullHandler())  # find_weights reports a failed download itself
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights, and how much of a model it has to hold."""
+
+    flag: str
+    """The command-line flag or config key that names the file, for messages."""
+    path: Path
+    full_model: bool
+    """Whether the file has to hold a whole detector; otherwise its backbone."""
+
+
+@dataclass(frozen=True)
+class DetectronState:
+    """The contents of a weights file."""
+
+    tensors: dict[str, Tensor]
+    """By the names of the model, as far as detectron2's rules give them."""
+    caffe2: bool = False
+    """Whether Caffe2 wrote the file; such files have no batch-norm statistics."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_weights(cfg: Any, resume: bool, eval_only: bool) -> WeightsFile:
+    """Return the file that detectron2 will load: OUTPUT_DIR's last checkpoint, or MODEL.WEIGHTS, downloaded if remote.
+
+    Raises:
+        UsageError: there is none.
+    """
+    last = Path(cfg.OUTPUT_DIR) / "last_checkpoint"
+    if resume and last.is_file():
+        return WeightsFile("--resume", last.parent / last.read_text().strip(), full_model=True)
+    name = cfg.MODEL.WEIGHTS
+    if not name and eval_only:
+        raise UsageError("MODEL.WEIGHTS is empty; add MODEL.WEIGHTS and a detector, such as a run's model_final.pth")
+    if not name:
+        raise UsageError(f"MODEL.WEIGHTS is empty; {_CONVERT} IN.pth OUT.pkl, then add MODEL.WEIGHTS OUT.pkl")
+    if "://" in name:
+        name = _download(name)
+    return WeightsFile("MODEL.WEIGHTS", Path(name), full_model=eval_only)
+
+
+def _download(url: str) -> str:
+    from detectron2.utils.file_io import PathManager
+
+    try:
+        return PathManager.get_local_path(url)
+    except Exception as error:  # each protocol raises its own errors
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"MODEL.WEIGHTS {url}: cannot be downloaded ({reason}); give the path of a file") from None
+
+
+def read_weights(file: WeightsFile) -> DetectronState:
+    """Read the tensors of a file under the model's names, by the rules that detectron2 applies.
+
+    Raises:
+        UsageError: the file is missing, truncated, holds code (none of which runs), or is not converted.
+    """
+    where = f"{file.flag} {file.path}"
+    is_pickle = file.path.suffix == ".pkl"
+    state = load_arrays(file.path, file.flag) if is_pickle else checkpoint.load(file.path, file.flag)
+    weights = next((state[key] for key in ("model", "state_dict", "blobs") if key in state), state)
+    if not isinstance(weights, Mapping):
+        raise UsageError(f"{where}: no weights in it")
+    weights = {name: _to_tensor(value) for name, value in weights.items() if _is_weight(name, value)}
+    if any(name.endswith("layer1.0.conv1.weight") for name in weights):
+        output = file.path.with_suffix(".pkl").name
+        raise UsageError(f"{where}: not converted; {_CONVERT} {file.path} {output}, then MODEL.WEIGHTS {output}")
+    caffe2 = is_pickle and ("model" not in state or state.get("__author__") == "Caffe2")
+    if caffe2:
+        weights = _rename_caffe2(weights)
+    if caffe2 or state.get("matching_heuristics"):
+        weights = {BACKBONE * name.startswith(("stem.", "res")) + name: value for name, value in weights.items()}
+    provenance = state.get("provenance")
+    return DetectronState(weights, caffe2, provenance if isinstance(provenance, Mapping) else {})
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Return whether an entry of a file is a tensor of the network; Caffe2's files also hold the optimizer's."""
+    is_numeric = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiu")
+    return isinstance(name, str) and is_numeric and not name.endswith("_momentum")
+
+
+def _to_tensor(value: np.ndarray | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(value.copy())  # an unpickled array may be read-only
+
+
+def _rename_caffe2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+
+    return convert_c2_detectron_names(weights)[0]
+
+
+def check_weights(file: WeightsFile, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compare a file with a model.
+
+    Args:
+        model: the model's state; it may be on the meta device, since only names and shapes are compared.
+
+    Returns:
+        The tensors that the model must have after loading, by the model's names.
+
+    Raises:
+        UsageError: the file cannot be read; one of these tensors is missing, has another shape or is not finite; or
+            the file has layers that the model does not have.
+    """
+    state, where = read_weights(file), f"{file.flag} {file.path}"
+    required = [name for name in model if _is_required(name, file, state)]
+    advice = _advise(file, state)
+    if not any(name.startswith(BACKBONE) for name in required):
+        raise UsageError("--config-file: its model has no ResNet with an FPN; use one of transfer/detection/configs")
+    for name in required:
+        if name not in state.tensors:
+            raise UsageError(f"{where}: {name} is missing; {advice}")
+        shape, model_shape = tuple(state.tensors[name].shape), tuple(model[name].shape)
+        if shape != model_shape:
+            raise UsageError(f"{where}: {name} has shape {shape} and the config's model {model_shape}; {advice}")
+        if not state.tensors[name].isfinite().all():
+            raise UsageError(f"{where}: {name} is not finite; use an earlier checkpoint")
+    for name in sorted(state.tensors.keys() - model.keys()):
+        if name.startswith(BACKBONE) and ".fc." not in name:
+            raise UsageError(f"{where}: {name} does not exist in the config's model; {advice}")
+    return {name: state.tensors[name] for name in required}
+
+
+def _advise(file: WeightsFile, state: DetectronState) -> str:
+    """Return which file the user should give instead."""
+    if file.full_model:
+        return "give a detector of this config, such as its run's model_final.pth"
+    arch = state.provenance.get("arch")
+    known = f"these are of a {arch}" if arch else f"convert a checkpoint with {_CONVERT} IN.pth OUT.pkl"
+    return f"give weights of the config's architecture; {known}"
+
+
+def _is_required(name: str, file: WeightsFile, state: DetectronState) -> bool:
+    """Return whether the model's tensor `name` has to come from the file."""
+    if file.full_model:  # not all of detectron2's own files have this counter, and nothing depends on it
+        return name in state.tensors or not name.endswith("num_batches_tracked")
+    return name.startswith(BACKBONE) and not (state.caffe2 and name.endswith(_BATCH_STATISTICS))
+
+
+def check_loaded(file: WeightsFile, model: Mapping[str, Tensor]) -> str:
+    """Check that a model has the tensors of the file after detectron2 has loaded it, and return a line for the log.
+
+    Raises:
+        UsageError: as `check_weights`, or detectron2 did not load a tensor.
+    """
+    expected = check_weights(file, model)
+    for name, value in expected.items():
+        if not torch.equal(model[name].cpu(), value.to(model[name].dtype)):
+            raise UsageError(f"{file.flag} {file.path}: detectron2 did not load {name}")
+    kind = "" if file.full_model else "backbone "
+    total = sum(file.full_model or name.startswith(BACKBONE) for name in model)
+    return f"{len(expected)} of {total} {kind}tensors from {file.path}"
