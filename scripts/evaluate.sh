@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tune a checkpoint on everything that has its data linked, and gather the numbers in one table; run again, it
-# goes on where it stopped. transfer/README.md says what to install and where data is linked.
+# Fine-tune a checkpoint on every data set that is linked, and write one table of the metrics. Run again to resume.
+# transfer/README.md describes the installation and where to link the data.
 #   ./scripts/evaluate.sh CKPT [--seeds 3] [--gpus 8] [--only coco voc12aug ...] [--help]
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"

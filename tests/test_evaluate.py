@@ -1,96 +1,151 @@
-"""`scripts/evaluate.sh`: from a checkpoint to one table, going on where it stopped."""
+"""`scripts/evaluate.sh`: fine-tunings, the table of their metrics, and resuming."""
 
 import json
 import os
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision import models as torchvision_models
+from torchvision.models import resnet18, resnet50
 
-from tests.segmentation_data import FOLDER, make_data, small
+from tests.conftest import run_expecting_usage_error
+from tests.segmentation_data import VOC_CONFIG, make_data, small_run
 from transfer import evaluate
+from transfer.encoders import EncoderWeights
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.sh"
-CONFIG = FOLDER / "configs/voc12aug/fcn_d6_r50-d16_513x513_30k_voc12aug_moco.py"
+CAPSYS = pytest.CaptureFixture[str]
 
 
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The script in `folder`, whose segmentation data is `folder/data`, with one row of it and no detection data."""
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    more = {"SEGMENTATION_DATA": str(folder / "data"), "DETECTRON2_DATASETS": str(folder / "none"), "PATH": path}
-    options = " ".join(small(CONFIG, 2)[1:])
-    words = ("bash", str(SCRIPT), "checkpoint.pth", "--gpus", "0", "--segmentation-options", options, *words)
-    return subprocess.run(words, cwd=folder, env=os.environ | more, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pth"
+    torch.save(resnet50().state_dict(), path)
+    return path
 
 
-def test_what_has_data_is_fine_tuned_and_the_rest_is_named_and_a_second_call_goes_on(tmp_path: Path) -> None:
+def test_checkpoint_becomes_a_table(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("mmseg")
-    torch.save(torchvision_models.resnet50().state_dict(), tmp_path / "checkpoint.pth")
-    make_data(tmp_path / "data")
-    tasks = ["--only", "voc12aug", "coco", "--out", "out"]
-    done = command(tmp_path, *tasks)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "mmseg.pth: features differ by 0" in done.stdout
-    first = tmp_path / "out/voc12aug/seed_0/done.json"
-    value = json.loads(first.read_text())["results"]["metrics"]["mIoU"]
-    written = first.stat().st_mtime_ns
+    environment = os.environ | {
+        "SEGMENTATION_DATA": str(make_data(tmp_path / "data")),
+        "DETECTRON2_DATASETS": str(tmp_path / "missing"),
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+    }
+    options = " ".join([*small_run(VOC_CONFIG, 1)[1:], "model.decode_head.channels=16"])
+    argv = ["bash", str(SCRIPT), str(checkpoint), "--gpus", "0", "--only", "voc12aug", "coco", "--out", "out"]
+    argv += ["--segmentation-options", options]
+    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mmseg.pth: features differ by 0" in result.stdout
 
-    done = command(tmp_path, *tasks, "--seeds", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert first.stat().st_mtime_ns == written
-    assert done.stdout.count("log.txt") == 1
-    table = (tmp_path / "out/results.md").read_text()
-    assert table in done.stdout
+    miou = json.loads((tmp_path / "out/voc12aug/seed_0/done.json").read_text())["results"]["metrics"]["mIoU"]
     voc, box, mask = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    assert voc["values"][0] == value
-    assert voc["mean"] == pytest.approx(statistics.fmean(voc["values"]))
-    assert f"{voc['mean']:.2f} ± {voc['deviation']:.2f} | 2 |" in table
+    assert (voc["values"], voc["mean"], voc["std"], voc["runs"]) == ([miou], miou, None, 1)
     assert (box["values"], box["published"], mask["published"]) == ([], 41.0, 37.0)
+    assert "is not installed" in box["note"] or "does not exist" in box["note"]
+    table = (tmp_path / "out/results.md").read_text()
+    assert table in result.stdout
     assert "Not the published recipe: `train_dataloader" in table
-    assert "not installed" in box["note"] or "is not there" in box["note"]
-
-    torch.save(torchvision_models.resnet50().state_dict(), tmp_path / "checkpoint.pth")
-    done = command(tmp_path, *tasks)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "of another checkpoint" in done.stderr
 
 
-def test_a_fine_tuning_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
-    pytest.importorskip("mmseg")
-    torch.save(torchvision_models.resnet50().state_dict(), tmp_path / "checkpoint.pth")
-    make_data(tmp_path / "data")
-    (tmp_path / "data/VOCdevkit/VOC2012/ImageSets/Segmentation/aug.txt").unlink()
-    done = command(tmp_path, "--only", "voc12aug", "--out", "out")
-    assert done.returncode == 1
-    assert "aug.txt: not there" in done.stdout
-    assert "| failed, see out/voc12aug/seed_0/log.txt |" in done.stdout
+@pytest.fixture
+def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the command in-process for the two fine-tunings on VOC, with a program in place of each; return the status.
+
+    The program of `voc12aug` fails while the file `fail` exists.
+    """
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        (tmp_path / "data/VOCdevkit/VOC2012" / folder).mkdir(parents=True)
+    monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("transfer.finetuning.find_spec", lambda _: True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mmseg.pth").touch()  # an existing conversion is not repeated
+
+    def build_command(args: object, name: str, seed: int, encoder: EncoderWeights) -> list[str]:
+        folder = tmp_path / f"out/{name}/seed_{seed}/run"
+        script = f"""import pathlib, sys
+if {name == "voc12aug"} and pathlib.Path({str(tmp_path / "fail")!r}).exists():
+    sys.exit("train.py: out of order")
+folder = pathlib.Path({str(folder)!r})
+folder.mkdir()
+(folder / "results.json").write_text('{{"metrics": {{"mIoU": {40 + seed}}}}}')"""
+        return [sys.executable, "-c", script]
+
+    monkeypatch.setattr(evaluate, "build_command", build_command)
+
+    def main(*flags: str) -> int:
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(
+                [str(checkpoint), "--out", str(tmp_path / "out"), "--only", "voc12aug", "voc12aug_d8", *flags]
+            )
+        return int(stopped.value.code or 0)
+
+    return main
 
 
-def test_an_encoder_of_another_architecture_runs_nothing_and_says_so(tmp_path: Path) -> None:
-    torch.save(torchvision_models.resnet18().state_dict(), tmp_path / "checkpoint.pth")
-    done = command(tmp_path, "--out", "out")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the encoder is a resnet18" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_failed_fine_tuning_is_reported_and_repeated_by_the_next_call(
+    run: Callable[..., int], tmp_path: Path, capsys: CAPSYS
+) -> None:
+    (tmp_path / "fail").touch()
+    assert run() == 1
+    output = capsys.readouterr().out
+    assert "failed with exit status 1: train.py: out of order" in output
+    assert f"failed, see {tmp_path}/out/voc12aug/seed_0/log.txt" in output
+    assert "| 40.00        |" in output
+    (tmp_path / "fail").unlink()
+    assert run() == 0
+    output = capsys.readouterr().out
+    assert "voc12aug/seed_0/log.txt" in output
+    assert "voc12aug_d8/seed_0/log.txt" not in output
 
 
-def test_mean_and_deviation_are_over_the_seeds_that_ran(tmp_path: Path) -> None:
-    rows = [{"title": "A", "metric": "mIoU", "values": [1.0, 2.0, 4.5], "mean": 2.5, "deviation": 1.803}]
-    rows[0] |= {"runs": 3, "published": None, "note": ""}
-    assert "| A | mIoU | 2.50 ± 1.80 | 3 |  |  |" in evaluate.markdown(rows)
+def test_several_seeds_give_mean_and_sample_standard_deviation(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("--seeds", "3") == 0
+    row = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
+    assert (row["values"], row["mean"], row["std"], row["runs"]) == ([40, 41, 42], 41, 1, 3)
+    assert "41.00 ± 1.00" in (tmp_path / "out/results.md").read_text()
+
+
+def test_folder_of_another_evaluation_is_refused(
+    run: Callable[..., int], checkpoint: Path, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    assert run() == 0
+    argv = [str(checkpoint), "--out", str(tmp_path / "out"), "--only", "voc12aug"]
+    options = [*argv, "--segmentation-options", "train_cfg.max_iters=9"]
+    error = run_expecting_usage_error(evaluate.main, options, capsys)
+    assert "contains the evaluation of --segmentation-options ''" in error
+    torch.save(resnet50().state_dict(), tmp_path / "other.pth")
+    error = run_expecting_usage_error(evaluate.main, [str(tmp_path / "other.pth"), *argv[1:]], capsys)
+    assert "contains the evaluation of another checkpoint" in error
+
+
+def test_commands_are_the_published_ones(tmp_path: Path) -> None:
+    args = evaluate._parse_args(
+        ["ckpt.pth", "--out", str(tmp_path), "--gpus", "8", "--detection-options=--auto-scale SOLVER.MAX_ITER 9"]
+    )
+    encoder = EncoderWeights({}, "resnet50", {"method": "slotfa"})
+    command = " ".join(evaluate.build_command(args, "coco", 1, encoder))
+    assert "train_net.py --config-file" in command
+    assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --auto-scale MODEL.WEIGHTS" in command
+    assert command.endswith(f"OUTPUT_DIR {tmp_path}/coco/seed_1/run SEED 1 SOLVER.MAX_ITER 9")
+    run = tmp_path / "voc12aug/seed_0/run"
+    run.mkdir(parents=True)
+    (run / "last_checkpoint").touch()
+    command = " ".join(evaluate.build_command(args, "voc12aug", 0, encoder))
+    assert command.endswith(f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run} --seed 0 --resume")
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
-    [(["--seeds", "0"], "--seeds 0"), (["--only", "voc"], "--only"), ([], "nothing can run here")],
+    ("flags", "message"),
+    [(["--seeds", "0"], "--seeds"), (["--only", "voc"], "--only"), ([], "the encoder is resnet18")],
 )
-def test_mistakes_are_one_line_and_write_nothing(words: list[str], named: str, tmp_path: Path) -> None:
-    torch.save(torchvision_models.resnet18().state_dict(), tmp_path / "checkpoint.pth")
-    done = command(tmp_path, *words)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert named in done.stderr
+def test_usage_error_is_one_line_and_writes_nothing(
+    flags: list[str], message: str, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    torch.save(resnet18().state_dict(), tmp_path / "checkpoint.pth")
+    argv = [str(tmp_path / "checkpoint.pth"), "--out", str(tmp_path / "out"), *flags]
+    assert message in run_expecting_usage_error(evaluate.main, argv, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
