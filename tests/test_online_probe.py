@@ -1,56 +1,66 @@
-"""The linear probe during pre-training: reported when asked for, and without a trace in what is learned."""
+"""The linear probe during pre-training: it reports when asked to, and does not change what is learned."""
 
+import argparse
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from data.demo import render_scene
-
-Tiny = Callable[..., list[str]]
+from tests.helpers import run_expecting_usage_error
+from tests.probe_data import make_folder, make_method
+from transfer.probe import online_probe
+from transfer.probe.labeled_features import LAYOUTS
+from transfer.probe.online_probe import OnlineProbe
+from utils.config import PROBE_DATASETS
 
 
 @pytest.fixture
-def labeled(tmp_path: Path) -> Path:
-    """Six scenes to train on and four to measure on, with their masks."""
-    for split, count in (("train", 6), ("val", 4)):
-        for number in range(count):
-            for kind, pixels in zip(("images", "masks"), render_scene(0, split, number, 96, 72)):
-                folder = tmp_path / "labeled" / split / kind
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return tmp_path / "labeled"
+def labeled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Labeled images, for a small probe."""
+    monkeypatch.setattr(online_probe, "_STEPS", 20)
+    monkeypatch.setattr(online_probe, "_SIZE", 64)
+    return make_folder(tmp_path / "labeled")
 
 
-def test_it_reports_every_so_many_epochs_and_changes_nothing(labeled: Path, tiny: Tiny, tmp_path: Path) -> None:
-    main_pretrain.main(tiny("--epochs", "3"))
-    (tmp_path / "run").rename(tmp_path / "plain")
+def test_pretraining_reports_the_probe_every_few_epochs_and_at_the_end(
+    labeled: Path, tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
     main_pretrain.main(tiny("--epochs", "3", "--probe-freq", "2", "--probe-dir", str(labeled)))
     reports = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [report["epoch"] for report in reports if "probe_miou" in report] == [2, 3]
-    assert all(0 < report["probe_miou"] <= 100 for report in reports if "probe_miou" in report)
-    board = EventAccumulator(str(tmp_path / "run"))
-    board.Reload()
-    assert {"probe/probe_miou", "probe/probe_accuracy"} <= set(board.Tags()["scalars"])
-    runs = [torch.load(tmp_path / name / "current.pth", weights_only=True)["model"] for name in ("plain", "run")]
-    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    probed = [report for report in reports if "probe/miou" in report]
+    assert [report["epoch"] for report in probed] == [2, 3]
+    assert all(0 < report["probe/miou"] <= 100 and 0 < report["probe/accuracy"] <= 100 for report in probed)
+
+
+def test_probe_changes_neither_the_encoder_nor_the_random_state(labeled: Path) -> None:
+    encoder = make_method().encoder_k.train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    OnlineProbe(argparse.Namespace(probe_dir=str(labeled), probe_dataset="folder")).measure(
+        encoder, torch.device("cpu")
+    )
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"), [([], "needs --probe-dir"), (["--probe-dir", "nowhere"], "no pairs of image and mask")]
+    ("flags", "message"),
+    [([], "--probe-freq: needs --probe-dir"), (["--probe-dir", "nowhere"], "--probe-dir nowhere: no pairs of image")],
 )
-def test_without_labeled_images_one_line_says_so(
-    flags: list[str], named: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_missing_labeled_images_are_a_usage_error(
+    flags: list[str], message: str, tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main_pretrain.main(tiny("--probe-freq", "1", *flags))
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert named in line
+    assert message in run_expecting_usage_error(main_pretrain.main, tiny("--probe-freq", "1", *flags), capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_probe_dataset_choices_are_the_layouts() -> None:
+    assert tuple(PROBE_DATASETS) == tuple(LAYOUTS)

@@ -1,0 +1,99 @@
+"""Encoders and slots of checkpoints: equal to the networks that were saved, complete, frozen."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from tests.probe_data import make_method, save_checkpoint
+from transfer.encoders import build_network, load_encoder, untrained_encoder
+from transfer.trained_slots import load_slots, untrained_slots
+from utils.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "current.pth")
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("which", "suffix", "released"), [(None, "k", False), ("student", "q", False), ("teacher", "k", True)]
+)
+@torch.no_grad()
+def test_encoder_and_slots_equal_those_of_the_saved_method(
+    which: str | None, suffix: str, released: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    method = make_method()
+    if released:  # the authors' files hold a Namespace and DDP's prefix
+        model = {f"module.{name}": value for name, value in method.state_dict().items()}
+        checkpoint = tmp_path / "slotcon.pth"
+        torch.save({"args": argparse.Namespace(arch="resnet50"), "model": model, "epoch": 800}, checkpoint)
+    encoder, slots = load_encoder(checkpoint, which), load_slots(checkpoint, which)
+    for network in (encoder, slots):
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    expected = getattr(method, f"encoder_{suffix}")(batch())
+    projected = getattr(method, f"projector_{suffix}")(expected)
+    prototypes = getattr(method, f"grouping_{suffix}").slot_embed.weight
+    torch.testing.assert_close(encoder(batch()), expected)
+    assert torch.equal(slots.prototypes, prototypes)
+    projections, scores = slots(batch())
+    torch.testing.assert_close(projections, projected)
+    cosine = F.cosine_similarity(projected[:, None], prototypes[None, :, :, None, None], dim=2)
+    torch.testing.assert_close(scores, cosine)
+
+
+@torch.no_grad()
+def test_torchvision_checkpoint_gives_its_network_and_has_no_slots(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    resnet = torchvision.models.resnet18().eval()
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    expected = nn.Sequential(*list(resnet.children())[:-2])(batch())
+    torch.testing.assert_close(load_encoder(tmp_path / "resnet18.pth")(batch()), expected)
+    with pytest.raises(UsageError, match="no prototypes"):
+        load_slots(tmp_path / "resnet18.pth")
+
+
+@pytest.mark.parametrize("damage", ["missing layer", "other width", "not finite"])
+def test_damaged_slots_are_refused(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    model = torch.load(checkpoint, weights_only=True)["model"]
+    if damage == "missing layer":
+        del model["projector_k.mlp.6.weight"]
+    elif damage == "other width":
+        model["grouping_k.slot_embed.weight"] = torch.ones(8, 12)
+    else:
+        model["grouping_k.slot_embed.weight"][3, 1] = torch.nan
+    torch.save({"model": model}, tmp_path / "damaged.pth")
+    with pytest.raises(UsageError, match=r"damaged\.pth"):
+        load_slots(tmp_path / "damaged.pth")
+
+
+def test_untrained_encoder_depends_on_its_seed_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(2)
+    torch.manual_seed(11)
+    first, again, other = (untrained_encoder("resnet18", seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(2), expected)
+    name = "layer3.0.conv1.weight"
+    assert torch.equal(first.weights[name], again.weights[name])
+    assert not torch.equal(first.weights[name], other.weights[name])
+    assert first.provenance == again.provenance
+    assert first.provenance["source_sha256"] != other.provenance["source_sha256"]
+
+
+def test_untrained_slots_have_the_shapes_of_the_trained_ones(checkpoint: Path) -> None:
+    slots = load_slots(checkpoint)
+    network = build_network(untrained_encoder("resnet18", 0))
+    first, again, other = (untrained_slots(slots, network, seed) for seed in (0, 0, 1))
+    shapes = {name: value.shape for name, value in slots.state_dict().items()}
+    assert {name: value.shape for name, value in first.state_dict().items()} == shapes
+    assert torch.equal(first.prototypes, again.prototypes)
+    assert not torch.equal(first.prototypes, other.prototypes)
