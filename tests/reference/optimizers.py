@@ -1,4 +1,4 @@
-"""LARS as SlotCon uses it."""
+"""LARS as SlotCon uses it, and gradient clipping."""
 
 import math
 
@@ -33,3 +33,14 @@ def lars_step(
             gradient = gradient * (trust_coefficient * size / update)
     buffer = momentum * buffer + gradient
     return parameter - lr * buffer, buffer
+
+
+def clip_global(gradients: list[Array], max_norm: float) -> list[Array]:
+    """Scale all gradients by max_norm / |g| where the norm |g| of all of them together is larger."""
+    total = math.sqrt(sum(norm(gradient) ** 2 for gradient in gradients))
+    return [gradient * min(1.0, max_norm / total) for gradient in gradients]
+
+
+def clip_each(gradients: list[Array], max_norm: float) -> list[Array]:
+    """Scale each gradient by max_norm / |g| where its own norm |g| is larger."""
+    return [gradient * min(1.0, max_norm / norm(gradient)) for gradient in gradients]
