@@ -21,8 +21,8 @@ def distillation(
 ) -> float:
     """One direction of L_g = - sum_k softmax((Q~ - c) / 0.07) log softmax(P~ / 0.1).
 
-    The mean over positions and over the images that meet (`valid`); 0 if none does.
-    Scores (B,K,H,W), center (K,).
+    The mean over positions and over the images whose views intersect (`valid`); 0 if there are none.
+    Scores (B, K, H, W), center (K,).
     """
     B, K, H, W = student.shape
     total, count = 0.0, 0
@@ -49,9 +49,9 @@ def grouping_loss(
     teacher_temp: float = 0.07,
 ) -> float:
     """L_g: (view 1 student, view 2 teacher) plus (view 2 student, view 1 teacher), added and not averaged."""
-    forth = distillation(students[0], teachers[1], center, valid, student_temp, teacher_temp)
-    back = distillation(students[1], teachers[0], center, valid, student_temp, teacher_temp)
-    return forth + back
+    forward = distillation(students[0], teachers[1], center, valid, student_temp, teacher_temp)
+    backward = distillation(students[1], teachers[0], center, valid, student_temp, teacher_temp)
+    return forward + backward
 
 
 def info_nce(queries: Array, keys: Array, positives: Sequence[int], temperature: float = 0.2) -> float:
@@ -81,19 +81,19 @@ def slot_contrast(
 ) -> float:
     """One direction of L_c on one rank.
 
-    `slots` (B,K,D) and `student_occupied` (B,K) are this rank's student in one view; `teacher_slots` and
-    `teacher_occupied` hold every rank's teacher in the other view. Queries are this rank's slots occupied in
-    both, through the predictor, which sees exactly those rows; keys are all occupied teacher slots of all
-    ranks; the positive has the same image and prototype. With fewer than two queries the predictor has no
-    batch statistics and the term is 0.
+    `slots` (B, K, D) and `student_occupied` (B, K) are this rank's student in one view; `teacher_slots` and
+    `teacher_occupied` hold every rank's teacher in the other view. Queries are this rank's slots occupied in both,
+    through the predictor, whose batch holds exactly those rows; keys are all occupied teacher slots of all ranks; the
+    positive has the same image and prototype. With fewer than two queries the predictor has no batch statistics and
+    the term is 0.
     """
     keys: list[Array] = []
-    place: dict[tuple[int, int, int], int] = {}
+    index: dict[tuple[int, int, int], int] = {}
     for r in range(len(teacher_slots)):
         for b in range(teacher_slots[r].shape[0]):
             for k in range(teacher_slots[r].shape[1]):
                 if teacher_occupied[r][b, k]:
-                    place[r, b, k] = len(keys)
+                    index[r, b, k] = len(keys)
                     keys.append(np.asarray(teacher_slots[r][b, k], dtype=np.float64))
 
     rows: list[Array] = []
@@ -102,16 +102,11 @@ def slot_contrast(
         for k in range(slots.shape[1]):
             if student_occupied[b, k] and teacher_occupied[rank][b, k]:
                 rows.append(np.asarray(slots[b, k], dtype=np.float64))
-                positives.append(place[rank, b, k])
+                positives.append(index[rank, b, k])
 
     if len(rows) < 2:
         return 0.0
     return info_nce(predictor(np.stack(rows)), np.stack(keys), positives, temperature)
-
-
-def total(loss_group: float, loss_contrast: float, weight: float = 0.5) -> float:
-    """lambda L_g + (1 - lambda) L_c."""
-    return weight * loss_group + (1 - weight) * loss_contrast
 
 
 def update_center(center: Array, teacher_scores: Sequence[Array], momentum: float = 0.9) -> Array:
