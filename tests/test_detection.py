@@ -200,9 +200,9 @@ def test_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_null_in_results(tmp_path: Path) -> None:
-    write_json(tmp_path / "results.json", {"segm": {"AP": np.float32(12.5), "APs": math.nan, "APl": math.inf}})
+    write_json(tmp_path / "results.json", {"segm": {"AP": np.float32(12.3), "APs": math.nan, "APl": math.inf}})
     text = (tmp_path / "results.json").read_text()
-    assert json.loads(text) == {"segm": {"AP": 12.5, "APs": None, "APl": None}}
+    assert json.loads(text) == {"segm": {"AP": 12.3, "APs": None, "APl": None}}
 
 
 # Weights without detectron2: a ResNet-18 under detectron2's names in place of the configs' ResNet-50

@@ -20,11 +20,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """Convert NumPy numbers to Python's, and numbers that are not finite to None."""
+    """Convert NumPy's numbers to Python's with the same decimal digits, and numbers that are not finite to None."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
     if isinstance(value, Real) and not isinstance(value, int):
-        return float(value) if math.isfinite(value) else None
+        return float(str(value)) if math.isfinite(value) else None
     return value
