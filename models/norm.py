@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.heads import RowBatchNorm
+from models.precision import upcast
 from utils.distributed import all_gather_with_gradient
 
 
@@ -34,7 +35,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def _normalize_compiled(self, x: Tensor) -> Tensor:
         """Normalize by elementary operations, which a compiler fuses; all ranks have equal shapes."""
-        maps = x.float()
+        maps = upcast(x)
         variance, mean = torch.var_mean(maps, dim=(0, 2, 3), correction=0)
         means, variances = all_gather_with_gradient(torch.stack([mean, variance])[None]).unbind(1)
         mean = means.mean(dim=0)
