@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import main_pretrain
+import viz_slots
+from tests.checkpoint_data import resnet18_weights
+from tests.helpers import run_expecting_usage_error
+from transfer import convert
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
@@ -304,47 +309,22 @@ def test_checkpoint_of_mmengine_is_read_without_its_histories() -> None:
 # Every command that reads a checkpoint.
 
 
-def run_convert(path: str) -> None:
-    from transfer import convert
-
-    convert.main([path, "out.pth"])
-
-
-def run_verify(path: str) -> None:
-    from transfer import convert
-
-    torch.save(torch.nn.Linear(1, 1).state_dict(), "source.pth")
-    convert.main(["source.pth", path, "--verify"])
-
-
-def run_viz(path: str) -> None:
-    import viz_slots
-
-    viz_slots.main(["--model-path", path])
-
-
-def run_init(path: str) -> None:
-    import main_pretrain
-
-    main_pretrain.main(["--dataset", "demo", "--data-dir", "demo", "--output-dir", "run", "--init", path])
-
-
-def run_resume(path: str) -> None:
-    import main_pretrain
-
-    main_pretrain.main(["--dataset", "demo", "--data-dir", "demo", "--output-dir", "run", "--resume", path])
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-@pytest.mark.parametrize("command", [run_convert, run_verify, run_viz, run_init, run_resume])
+@pytest.mark.parametrize("command", ["--init", "--resume", "convert", "convert --verify", "viz_slots"])
 def test_commands_refuse_code_in_one_line(
-    command: Callable[[str], None], suffix: str, capsys: pytest.CaptureFixture[str]
+    command: str, suffix: str, tiny: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    as_zip(Path(f"in{suffix}"), whole(RUNS_CODE["dotted name of a tensor function"]))
-    with pytest.raises(SystemExit) as stopped:
-        command(f"in{suffix}")
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    path = f"in{suffix}"
+    as_zip(Path(path), whole(RUNS_CODE["dotted name of a tensor function"]))
+    torch.save(resnet18_weights(1), "source.pth")
+    main, argv = {
+        "--init": (main_pretrain.main, tiny("--init", path)),
+        "--resume": (main_pretrain.main, tiny("--resume", path)),
+        "convert": (convert.main, [path, "out.pth"]),
+        "convert --verify": (convert.main, ["source.pth", path, "--verify"]),
+        "viz_slots": (viz_slots.main, ["--model-path", path]),
+    }[command]
+    assert path in run_expecting_usage_error(main, argv, capsys)
     assert not sprung()
 
 

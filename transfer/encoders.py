@@ -173,6 +173,3 @@ def checkpoint_metadata(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the method and the epoch of the run that wrote a checkpoint, as far as it has them."""
     metadata = {"method": checkpoint.checkpoint_args(state).get("method"), "epoch": state.get("epoch")}
     return {name: value for name, value in metadata.items() if isinstance(value, (str, int))}
-
-
-converted_from = read_provenance
