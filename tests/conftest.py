@@ -14,7 +14,7 @@ from PIL import Image
 
 import main_pretrain
 from data.demo import render_scene
-from tests.helpers import TINY, run_expecting_usage_error  # noqa: F401
+from tests.helpers import TINY, SmallEncoder, run_expecting_usage_error  # noqa: F401
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "coco_mini"
 
@@ -55,3 +55,9 @@ def tiny(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def tiny_args(tiny: Callable[..., list[str]]) -> argparse.Namespace:
     return main_pretrain.parse_args(tiny())
+
+
+@pytest.fixture
+def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build methods with `SmallEncoder`, for tests that do not depend on the encoder."""
+    monkeypatch.setattr("models.slotcon.build_encoder", SmallEncoder)

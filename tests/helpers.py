@@ -1,5 +1,6 @@
 """What several test modules share: a refused command, a run's flags, a batch, and two ranks."""
 
+import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from torch import nn
 
 from utils import distributed
 from utils.batch import Batch, ViewRecord
@@ -29,6 +31,23 @@ METHOD_FLAGS = {
     "slotfa_encoder": ["--method", "slotfa", "--fa-level", "encoder", "--fa-slot-ratio", "0.5"],
 }
 """The flags of every method and preset."""
+
+
+class SmallEncoder(nn.Sequential):
+    """An encoder that costs nearly nothing; the fixture `small_encoder` puts it in the place of a ResNet."""
+
+    width, stride = 12, 8
+
+    def __init__(self, *_options: object) -> None:
+        super().__init__(nn.Conv2d(3, self.width, 8, 8), nn.BatchNorm2d(self.width), nn.ReLU())
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_expecting_usage_error(

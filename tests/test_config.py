@@ -1,0 +1,200 @@
+"""utils/config.py and the contract of a method: recipes become defaults, views and metrics are those of the method."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import main_pretrain
+from models import METHODS, Method
+from models.ema import copy_and_freeze, ema_update
+from tests.helpers import SmallEncoder, read_metrics
+from utils.batch import Batch
+from utils.config import at_least, between, make_plan
+from utils.errors import UsageError
+from utils.recipes import ColorRecipe, Overlap, ViewRecipe
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+class MultiCrop(Method):
+    """A method with 2 + 8 rotated views, a recipe of its own, and no slots: the smallest that uses every contract."""
+
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adamw",
+        "base_lr": 5e-4,
+        "warmup_epoch": 1,
+        "warmup_multiplier": math.inf,
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+        "clip_grad": 3.0,
+        "clip_grad_per_parameter": True,
+        "epochs": 100,
+    }
+
+    @staticmethod
+    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument("--teacher-momentum", type=float, default=0.996)
+
+    @staticmethod
+    def view_recipes(args: argparse.Namespace) -> tuple[ViewRecipe, ...]:
+        shared = {"color": ColorRecipe(), "flip_p": 0.0, "rotate": True, "interpolation": "bilinear"}
+        large = [
+            ViewRecipe(args.image_size, (0.3, 1), overlap=overlap, **shared)
+            for overlap in (None, Overlap((0,), 0.02, "image", 100))
+        ]
+        return (*large, *[ViewRecipe(32, (0.1, 0.3), overlap=Overlap((0, 1), 0.01, "image", 100), **shared)] * 8)
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__()
+        self.encoder_q, self.encoder_k = SmallEncoder(), SmallEncoder()  # type: ignore[assignment]
+        copy_and_freeze(self.encoder_q, self.encoder_k)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        assert [view.shape[2] for view in batch.views] == [64, 64, *[32] * 8]
+        assert batch.rotations.shape == (len(batch.index), 10)
+        with torch.no_grad():
+            targets = [self.encoder_k(view).mean(dim=(2, 3)) for view in batch.views[:2]]
+        outputs = [self.encoder_q(view).mean(dim=(2, 3)) for view in batch.views]
+        loss = torch.stack([(output - target).square().mean() for output in outputs for target in targets]).mean()
+        return {"loss": loss, "loss/views": loss.detach()}
+
+    def update_teacher(self, momentum: float) -> None:
+        ema_update(self.encoder_q, self.encoder_k, momentum)
+
+
+@pytest.fixture
+def multi_crop(monkeypatch: pytest.MonkeyPatch) -> type[MultiCrop]:
+    monkeypatch.setitem(METHODS, "multi-crop", MultiCrop)
+    return MultiCrop
+
+
+def test_a_recipe_sets_the_defaults_of_shared_arguments(
+    multi_crop: type[MultiCrop], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = vars(main_pretrain.parse_args(["--method", "multi-crop"]))
+    assert {name: args[name] for name in MultiCrop.recipe} == MultiCrop.recipe
+    assert vars(main_pretrain.parse_args([]))["optimizer"] == "lars"  # the recipe of one method is not another's
+    args = vars(main_pretrain.parse_args(["--epochs", "7", "--method", "multi-crop", "--optimizer", "sgd"]))
+    assert (args["optimizer"], args["epochs"], args["base_lr"]) == ("sgd", 7, 5e-4)
+    with pytest.raises(SystemExit):
+        main_pretrain.parse_args(["--method", "multi-crop", "--help"])
+    assert "optimizer (default: adamw)" in capsys.readouterr().out
+
+
+def test_a_recipe_wins_over_defaults_that_the_method_sets(
+    multi_crop: type[MultiCrop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_arguments = MultiCrop.add_arguments
+
+    def set_defaults(parser: argparse._ArgumentGroup) -> None:
+        add_arguments(parser)
+        parser.set_defaults(optimizer="sgd")
+
+    monkeypatch.setattr(MultiCrop, "add_arguments", staticmethod(set_defaults))
+    assert main_pretrain.parse_args(["--method", "multi-crop"]).optimizer == "adamw"
+
+
+def test_a_recipe_with_an_unknown_argument_is_an_error(
+    multi_crop: type[MultiCrop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MultiCrop, "recipe", {"learning_rate": 1.0})
+    with pytest.raises(KeyError, match="learning_rate"):
+        main_pretrain.parse_args(["--method", "multi-crop"])
+
+
+def test_a_method_trains_with_its_views_recipe_and_metrics(
+    multi_crop: type[MultiCrop], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    argv = tiny("--method", "multi-crop")
+    at = argv.index("--dim-hidden")  # arguments of SlotCon
+    main_pretrain.main([*argv[:at], *argv[at + 6 :], "--print-freq", "1"])
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["args"]["optimizer"] == "adamw"
+    metrics = read_metrics(tmp_path / "run")
+    assert [record["optim/lr"] for record in metrics][:2] == pytest.approx([0, 5e-4 * 8 / 256 / 2])
+    decay = [0.4 - 0.36 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert [record["optim/weight_decay"] for record in metrics] == pytest.approx(decay)
+    assert all(record["loss/views"] == record["loss"] for record in metrics)
+    assert not (tmp_path / "run/slots.png").exists()
+
+
+def test_the_published_recipe_of_slotcon_is_the_default() -> None:
+    args = vars(main_pretrain.parse_args([]))
+    published = {"dataset": "COCO", "data_dir": "./data", "image_size": 224, "min_scale": 0.08, "arch": "resnet50"}
+    published |= {"dim_hidden": 4096, "dim_out": 256, "num_prototypes": 256, "teacher_momentum": 0.99}
+    published |= {"teacher_temp": 0.07, "student_temp": 0.1, "center_momentum": 0.9, "group_loss_weight": 0.5}
+    published |= {"batch_size": 512, "base_lr": 1.0, "optimizer": "lars", "warmup_epoch": 5, "warmup_multiplier": 100}
+    published |= {"weight_decay": 1e-5, "momentum": 0.9, "start_epoch": 1, "epochs": 800, "output_dir": "./output"}
+    published |= {"auto_resume": False, "resume": "", "print_freq": 10, "save_freq": 50, "seed": 0, "num_workers": 8}
+    published |= {"contrast_temp": 0.2, "output_stride": 32, "weight_decay_end": None, "clip_grad": 0}
+    assert {name: args[name] for name in published} == published
+
+
+SLOTCON = {"method": "slotcon", "dataset": "COCO", "epochs": 800, "num_prototypes": 256}
+SLOTFA = SLOTCON | {"method": "slotfa", "group_loss_weight": 1.0, "fa_gradient": True, "fa_train_prototypes": False}
+LAUNCHERS = {
+    "slotcon_coco_r50_800ep": SLOTCON,
+    "slotcon_cocoplus_r50_800ep": SLOTCON | {"dataset": "COCOplus"},
+    "slotcon_imagenet_r50_100ep": SLOTCON | {"dataset": "ImageNet", "epochs": 100, "num_prototypes": 2048},
+    "slotcon_imagenet_r50_200ep": SLOTCON | {"dataset": "ImageNet", "epochs": 200, "num_prototypes": 2048},
+    "slotfa_coco_r50_800ep": SLOTFA,
+    "slotfa_coco_r50_800ep_contrast": SLOTFA | {"group_loss_weight": 0.5, "fa_train_prototypes": True},
+    "slotfa_coco_r50_800ep_released": SLOTFA | {"fa_gradient": False},
+    "SlotFA": SLOTFA,
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_starts_its_published_recipe(launcher: str) -> None:
+    """A function takes the place of torchrun and prints its arguments."""
+    stub = {"BASH_FUNC_torchrun%%": "() { printf '%s\\n' \"$@\"; }", "DATA": "/images", "OUT": "run", "GPUS": "3"}
+    command = ["bash", str(SCRIPTS / f"{launcher}.sh"), "--seed", "7"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | stub).stdout
+    words = output.splitlines()
+    assert words[words.index("--nproc_per_node") + 1] == "3"
+    script = words.index(main_pretrain.__file__)
+    args = main_pretrain.parse_args(words[script + 1 :])
+    expected = vars(main_pretrain.parse_args(["--method", args.method])) | LAUNCHERS[launcher]
+    expected |= {"data_dir": "/images", "output_dir": "run", "seed": 7, "auto_resume": True, "device": "cuda"}
+    expected |= {"amp": "bf16", "save_freq": args.save_freq}
+    assert vars(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "accepted", "refused"),
+    [
+        (at_least(1), {"1": 1, "20": 20}, ["0", "1.5", "x", "inf"]),
+        (at_least(0, float), {"0": 0, "1e-5": 1e-5}, ["-1", "inf", "nan", ""]),
+        (between(0, 1), {"0": 0, "1": 1, "0.5": 0.5}, ["-0.1", "1.1", "nan"]),
+    ],
+)
+def test_numbers_outside_of_their_range_are_refused(
+    kind: Callable[[str], float], accepted: dict[str, float], refused: list[str]
+) -> None:
+    assert {text: kind(text) for text in accepted} == accepted
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "message"),
+    [
+        (["--batch-size", "9"], 16, "--batch-size 9: not divisible by 2 processes"),
+        (["--batch-size", "18"], 16, "--batch-size 18: more than the 16 images"),
+        (["--accum-steps", "3", "--batch-size", "8"], 16, "--batch-size 8 x --accum-steps 3: more than the 16 images"),
+        (["--start-epoch", "4", "--epochs", "3", "--batch-size", "2"], 16, "--start-epoch 4: beyond --epochs 3"),
+    ],
+)
+def test_a_plan_that_does_not_work_out_is_refused(flags: list[str], images: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_plan(main_pretrain.parse_args(flags), images, world_size=2)
