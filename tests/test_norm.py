@@ -27,22 +27,13 @@ def per_channel(values: Tensor) -> Tensor:
     return values.double()[:, None, None]
 
 
-def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def batch_norm_stats(x, eps):
     variance, mean = torch.var_mean(x.double(), DIMS, correction=0)
     dtype = upcast(x).dtype
     return mean.to(dtype), (variance + eps).rsqrt().to(dtype)
 
 
-def batch_norm_gather_stats_with_counts(
-    x: Tensor,
-    means: Tensor,
-    invstds: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-    counts: Tensor,
-) -> tuple[Tensor, Tensor]:
+def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
     share = (counts.double() / counts.double().sum())[:, None]
     mean = (share * means).sum(0)
     variance = (share * (invstds.double() ** -2 - eps + (means - mean) ** 2)).sum(0)
@@ -51,41 +42,24 @@ def batch_norm_gather_stats_with_counts(
     return mean.to(means.dtype), (variance + eps).rsqrt().to(means.dtype)
 
 
-def batch_norm_elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
     return ((x - per_channel(mean)) * per_channel(invstd * weight) + per_channel(bias)).to(x.dtype)
 
 
-def batch_norm_backward_reduce(
-    gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, *_needed: bool
-) -> tuple[Tensor, ...]:
+def batch_norm_backward_reduce(gradient, x, mean, invstd, weight, *needed):
     assert gradient.stride() == x.stride()
     total, total_centered = gradient.double().sum(DIMS), (gradient * (x - per_channel(mean))).sum(DIMS)
     return tuple(value.to(mean.dtype) for value in (total, total_centered, total_centered * invstd, total))
 
 
-def batch_norm_backward_elemt(
-    gradient: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    total: Tensor,
-    total_centered: Tensor,
-    counts: Tensor,
-) -> Tensor:
+def batch_norm_backward_elemt(gradient, x, mean, invstd, weight, total, total_centered, counts):
     assert counts.dtype == torch.int32
     assert gradient.stride() == x.stride()
     centered = (x - per_channel(mean)) * per_channel(invstd) ** 2 * per_channel(total_centered) / counts.sum()
     return ((gradient - per_channel(total) / counts.sum() - centered) * per_channel(weight * invstd)).to(x.dtype)
 
 
-KERNELS = (
-    batch_norm_stats,
-    batch_norm_gather_stats_with_counts,
-    batch_norm_elemt,
-    batch_norm_backward_reduce,
-    batch_norm_backward_elemt,
-)
+KERNELS = [value for name, value in list(globals().items()) if name.startswith("batch_norm_")]
 
 
 class Case(NamedTuple):
