@@ -37,14 +37,6 @@ def test_scores_and_slots_match_reference(shape: Shape, seed: int, temperature: 
     np.testing.assert_allclose(slots, reference.slots(features.numpy(), expected, temperature), rtol=1e-9, atol=1e-9)
 
 
-def test_slot_without_attention_is_the_mean_of_the_features() -> None:
-    features, _ = draw((1, 3, 2, 3, 3), 4)
-    scores = torch.tensor([1.0, -1.0], dtype=torch.float64)[None, :, None, None].expand(1, 2, 3, 3)
-    slots = pool_slots(features, scores, 0.07)
-    torch.testing.assert_close(slots[0, 1], features.mean(dim=(2, 3))[0], rtol=0, atol=1e-5)  # softmax is not quite 0
-    np.testing.assert_allclose(slots, reference.slots(features.numpy(), scores.numpy()), rtol=0, atol=1e-12)
-
-
 @given(shape=shapes, seed=seeds)
 @settings(max_examples=30)
 def test_occupied_slots_match_reference_and_are_at_most_the_positions(shape: Shape, seed: int) -> None:

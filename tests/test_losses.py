@@ -145,17 +145,14 @@ def test_block_size_changes_neither_slot_contrast_nor_its_gradient(
 def test_losses_of_half_precision_inputs_are_float32() -> None:
     rng = np.random.default_rng(7)
     scores = [uniform(rng, 2, 4, 2, 2).bfloat16() for _ in range(2)]
-    group = distillation(*scores, uniform(rng, 1, 4).float(), 0.1, 0.07, valid=torch.ones(2).bool())
     inputs = contrast_inputs(rng)
-    inputs |= {name: inputs[name].bfloat16() for name in ("queries", "keys")}
+    low, high = ({k: inputs[k].bfloat16().to(dtype) for k in ("queries", "keys")} for dtype in (None, torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
-        contrast = slot_contrast(**inputs, temperature=0.2)
+        group = distillation(*scores, uniform(rng, 1, 4).float(), 0.1, 0.07, valid=torch.ones(2).bool())
+        contrast = slot_contrast(**(inputs | low), temperature=0.2)
     assert group.dtype == contrast.dtype == torch.float32
-    expected = slot_contrast(
-        **(inputs | {name: inputs[name].double() for name in ("queries", "keys")}), temperature=0.2
-    )
     # Logits of up to 1 / 0.2 in magnitude round by 6e-8 each, and a few terms are added.
-    assert contrast.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert contrast.item() == pytest.approx(slot_contrast(**(inputs | high), temperature=0.2).item(), abs=1e-5)
 
 
 # SlotCon
@@ -230,11 +227,8 @@ def test_fewer_than_two_queries_leave_no_contrast_and_finite_gradients(num_image
     assert outputs["loss/group"] > 0
     outputs["loss"].backward()
     for name, parameter in method.named_parameters():
-        if "_k." in name:
-            assert parameter.grad is None
-        else:
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
+        assert (parameter.grad is None) == ("_k." in name), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
     assert all((parameter.grad == 0).all() for parameter in method.predictor_slot.parameters())
 
 
@@ -266,29 +260,23 @@ def contrast_on_rank() -> dict[str, Any]:
     method, batch = method_in_mid_training(seed=11), shard(random_batch(11, num_images=6))
     student = method.grouping_q(*method.encode_student(batch.views[0])[1:])
     teacher = method.grouping_k(*method.encode_teacher(batch.views[1])[1:])
-    if distributed.rank() == 0:  # a rank with fewer keys than the other
+    if distributed.rank() == 0:  # all positions of the teacher are in slot 0: fewer keys than on the other rank
         teacher.scores[:, 0] = 2
+    predictor = {name: value.detach().clone() for name, value in method.predictor_slot.mlp.named_parameters()}
     loss = method._contrast(student, teacher)
-    return {"loss": loss.detach(), "student": tuple(student), "teacher": tuple(teacher)}
+    return {"loss": loss.detach(), "student": tuple(student), "teacher": tuple(teacher), "predictor": predictor}
 
 
 def test_slot_contrast_over_two_ranks_matches_reference() -> None:
     """Keys are those of both ranks, without the padding of either."""
     ranks = run_on_two_ranks(contrast_on_rank)
-    parameters = {
-        name: to_array(value) for name, value in method_in_mid_training(seed=11).predictor_slot.mlp.named_parameters()
-    }
-    occupied = [reference_occupied(to_array(rank["teacher"][1])) for rank in ranks]
-    assert occupied[0].sum() < occupied[1].sum()
+    teacher_slots, teacher_scores = zip(*(map(to_array, rank["teacher"]) for rank in ranks))
+    occupied = [reference_occupied(scores) for scores in teacher_scores]
     for number, rank in enumerate(ranks):
-        slots, scores = (to_array(value) for value in rank["student"])
+        slots, scores = map(to_array, rank["student"])
+        parameters = {name: to_array(value) for name, value in rank["predictor"].items()}
         expected = reference.slot_contrast(
-            slots,
-            reference_occupied(scores),
-            [to_array(other["teacher"][0]) for other in ranks],
-            occupied,
-            lambda rows: mlp(rows, parameters),
-            number,
+            slots, reference_occupied(scores), teacher_slots, occupied, lambda rows, p=parameters: mlp(rows, p), number
         )
         assert expected > 0
         assert rank["loss"].item() == pytest.approx(expected, rel=1e-9)

@@ -1,6 +1,5 @@
 """Slot statistics against the float64 reference, and the warnings of a collapse within an epoch."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from models import build_method
 from models.slot_health import POSITIONS, SlotMonitor, slot_statistics
 from tests.reference import slot_health as reference
 
-Tiny = Callable[..., list[str]]
 HEALTHY = {"assignment_entropy": 0.5, "largest": 0.3, "prototypes_used": 1.0, "positives": 20.0}
 
 
@@ -75,7 +73,7 @@ def test_each_problem_is_reported_once_an_epoch_with_advice(metrics: dict[str, f
     assert all(message in warning for warning in warnings)
 
 
-def test_collapsed_run_logs_all_statistics_and_a_warning_within_one_epoch(tiny: Tiny, tmp_path: Path) -> None:
+def test_collapsed_run_is_reported_within_one_epoch(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     """All positions have the same features, to which all prototypes but the first are opposite."""
     flags = ["--init", str(tmp_path / "init.pth"), "--base-lr", "1e-6", "--epochs", "1", "--warmup-epoch", "0"]
     args = main_pretrain.parse_args(tiny(*flags))
@@ -87,6 +85,3 @@ def test_collapsed_run_logs_all_statistics_and_a_warning_within_one_epoch(tiny: 
     torch.save({"model": state}, tmp_path / "init.pth")
     main_pretrain.main(tiny(*flags))
     assert "collapse: one slot has 100 %" in (tmp_path / "run/log.txt").read_text()
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    names = ("prototypes_used", "per_image", "prototype_norm", "prototype_spread", *HEALTHY)
-    assert {name for name in last if name.startswith("slots/")} == {f"slots/{name}" for name in names}
