@@ -383,7 +383,8 @@ def trained(datasets: Path, encoder: Path, tmp_path_factory: pytest.TempPathFact
     """The folder of a run of two iterations, started as a command in another folder."""
     folder = tmp_path_factory.mktemp("trained")
     argv = [sys.executable, str(TRAIN_NET), *command(MODEL__WEIGHTS=encoder, OUTPUT_DIR="run")]
-    environment = os.environ | {"DETECTRON2_DATASETS": str(datasets)}
+    # One thread, as in the tests' own process, so that both add in the same order.
+    environment = os.environ | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder / "run"

@@ -91,8 +91,9 @@ def test_run_starts_from_all_pretrained_tensors(fine_tuned: Path) -> None:
 def test_shell_command_reproduces_metrics_of_training(fine_tuned: Path, tmp_path: Path) -> None:
     argv = command(VOC_CONFIG, fine_tuned / "iter_2.pth", tmp_path / "run")
     script = ["bash", str(SEGMENTATION / "mim_dist_test.sh"), *argv[:2], "0", *argv[2:]]
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    result = subprocess.run(script, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    # One thread, as in the tests' own process, so that both add in the same order.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     evaluated, trained = tmp_path / "run/test.json", fine_tuned / "results.json"
     assert json.loads(evaluated.read_text())["metrics"] == json.loads(trained.read_text())["metrics"]

@@ -13,6 +13,7 @@ class FineTuning:
     """One fine-tuning recipe and the metrics that it reports."""
 
     title: str
+    """Data set, model and number of iterations."""
     config: str
     """Path below the framework's `configs`; `{method}` is SlotCon or SlotFA, whose files differ in their names only."""
     data: tuple[str, ...]
@@ -54,16 +55,21 @@ _MIOU = {"mIoU": "metrics.mIoU"}
 
 FINE_TUNINGS = {
     "voc12aug": FineTuning(
-        "PASCAL VOC, FCN d6 s16, 30k", "voc12aug/fcn_d6_r50-d16_513x513_30k_voc12aug_moco.py", _VOC, _MIOU
+        "PASCAL VOC, FCN d6 stride 16, 30k", "voc12aug/fcn_d6_r50-d16_513x513_30k_voc12aug_moco.py", _VOC, _MIOU
     ),
     "coco": FineTuning("COCO, Mask R-CNN R50-FPN, 1x", "COCO_R_50_FPN_1x_{method}.yaml", _COCO, _AP),
     "cityscapes": FineTuning(
-        "Cityscapes, FCN d6 s16, 90k", "cityscapes/fcn_d6_r50-d16_769x769_90k_cityscapes_moco.py", _CITYSCAPES, _MIOU
+        "Cityscapes, FCN d6 stride 16, 90k",
+        "cityscapes/fcn_d6_r50-d16_769x769_90k_cityscapes_moco.py",
+        _CITYSCAPES,
+        _MIOU,
     ),
-    "ade20k": FineTuning("ADE20K, FCN s8, 80k", "ade20k/fcn_r50-d8_512x512_80k_ade20k.py", _ADE, _MIOU),
-    "voc12aug_d8": FineTuning("PASCAL VOC, FCN s8, 20k", "voc12aug/fcn_r50-d8_512x512_20k_voc12aug.py", _VOC, _MIOU),
+    "ade20k": FineTuning("ADE20K, FCN stride 8, 80k", "ade20k/fcn_r50-d8_512x512_80k_ade20k.py", _ADE, _MIOU),
+    "voc12aug_d8": FineTuning(
+        "PASCAL VOC, FCN stride 8, 20k", "voc12aug/fcn_r50-d8_512x512_20k_voc12aug.py", _VOC, _MIOU
+    ),
     "cityscapes_d8": FineTuning(
-        "Cityscapes, FCN s8, 40k", "cityscapes/fcn_r50-d8_769x769_40k_cityscapes.py", _CITYSCAPES, _MIOU
+        "Cityscapes, FCN stride 8, 40k", "cityscapes/fcn_r50-d8_769x769_40k_cityscapes.py", _CITYSCAPES, _MIOU
     ),
     "cityscapes_instances": FineTuning(
         "Cityscapes, Mask R-CNN R50-FPN, 24k", "Cityscapes_R_50_FPN_{method}.yaml", _CITYSCAPES, {"mask AP": "segm.AP"}

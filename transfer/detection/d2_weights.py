@@ -38,7 +38,7 @@ class WeightsFile:
 
 
 @dataclass(frozen=True)
-class DetectronState:
+class FileContents:
     """The contents of a weights file."""
 
     tensors: dict[str, Tensor]
@@ -77,7 +77,7 @@ def _download(url: str) -> str:
         raise UsageError(f"MODEL.WEIGHTS {url}: cannot be downloaded ({reason}); give the path of a file") from None
 
 
-def read_weights(file: WeightsFile) -> DetectronState:
+def read_weights(file: WeightsFile) -> FileContents:
     """Read the tensors of a file under the model's names, by the rules that detectron2 applies.
 
     Raises:
@@ -97,9 +97,10 @@ def read_weights(file: WeightsFile) -> DetectronState:
     if caffe2:
         weights = _rename_caffe2(weights)
     if caffe2 or state.get("matching_heuristics"):
-        weights = {BACKBONE * name.startswith(("stem.", "res")) + name: value for name, value in weights.items()}
+        is_backbone = ("stem.", "res")
+        weights = {f"{BACKBONE}{name}" if name.startswith(is_backbone) else name: weights[name] for name in weights}
     provenance = state.get("provenance")
-    return DetectronState(weights, caffe2, provenance if isinstance(provenance, Mapping) else {})
+    return FileContents(weights, caffe2, provenance if isinstance(provenance, Mapping) else {})
 
 
 def _is_weight(name: Any, value: Any) -> bool:
@@ -131,39 +132,39 @@ def check_weights(file: WeightsFile, model: Mapping[str, Tensor]) -> dict[str, T
         UsageError: the file cannot be read; one of these tensors is missing, has another shape or is not finite; or
             the file has layers that the model does not have.
     """
-    state, where = read_weights(file), f"{file.flag} {file.path}"
-    required = [name for name in model if _is_required(name, file, state)]
-    advice = _advise(file, state)
+    contents, where = read_weights(file), f"{file.flag} {file.path}"
+    required = [name for name in model if _is_required(name, file, contents)]
+    advice = _advise(file, contents)
     if not any(name.startswith(BACKBONE) for name in required):
         raise UsageError("--config-file: its model has no ResNet with an FPN; use one of transfer/detection/configs")
     for name in required:
-        if name not in state.tensors:
+        if name not in contents.tensors:
             raise UsageError(f"{where}: {name} is missing; {advice}")
-        shape, model_shape = tuple(state.tensors[name].shape), tuple(model[name].shape)
+        shape, model_shape = tuple(contents.tensors[name].shape), tuple(model[name].shape)
         if shape != model_shape:
             raise UsageError(f"{where}: {name} has shape {shape} and the config's model {model_shape}; {advice}")
-        if not state.tensors[name].isfinite().all():
+        if not contents.tensors[name].isfinite().all():
             raise UsageError(f"{where}: {name} is not finite; use an earlier checkpoint")
-    for name in sorted(state.tensors.keys() - model.keys()):
+    for name in sorted(contents.tensors.keys() - model.keys()):
         if name.startswith(BACKBONE) and ".fc." not in name:
             raise UsageError(f"{where}: {name} does not exist in the config's model; {advice}")
-    return {name: state.tensors[name] for name in required}
+    return {name: contents.tensors[name] for name in required}
 
 
-def _advise(file: WeightsFile, state: DetectronState) -> str:
+def _advise(file: WeightsFile, contents: FileContents) -> str:
     """Return which file the user should give instead."""
     if file.full_model:
         return "give a detector of this config, such as its run's model_final.pth"
-    arch = state.provenance.get("arch")
+    arch = contents.provenance.get("arch")
     known = f"these are of a {arch}" if arch else f"convert a checkpoint with {_CONVERT} IN.pth OUT.pkl"
     return f"give weights of the config's architecture; {known}"
 
 
-def _is_required(name: str, file: WeightsFile, state: DetectronState) -> bool:
+def _is_required(name: str, file: WeightsFile, contents: FileContents) -> bool:
     """Return whether the model's tensor `name` has to come from the file."""
     if file.full_model:  # not all of detectron2's own files have this counter, and nothing depends on it
-        return name in state.tensors or not name.endswith("num_batches_tracked")
-    return name.startswith(BACKBONE) and not (state.caffe2 and name.endswith(_BATCH_STATISTICS))
+        return name in contents.tensors or not name.endswith("num_batches_tracked")
+    return name.startswith(BACKBONE) and not (contents.caffe2 and name.endswith(_BATCH_STATISTICS))
 
 
 def check_loaded(file: WeightsFile, model: Mapping[str, Tensor]) -> str:
