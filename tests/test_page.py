@@ -1,4 +1,4 @@
-"""The page of viz_slots.py in a browser: it opens, finds, orders, shows pictures, by keys alone, and loads nothing."""
+"""The HTML page of viz_slots.py in a browser; skipped without selenium, chromium and chromedriver."""
 
 import argparse
 import json
@@ -9,195 +9,162 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from data.datasets import build_dataset
-from transfer.figures.looking import Observer, Squares
+from transfer.figures.extractor import CenterCrops, FeatureExtractor
 from transfer.figures.page import build_page
-from transfer.figures.survey import Survey
+from transfer.figures.prototype_stats import PrototypeStats
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+WebDriverException = pytest.importorskip("selenium.common").WebDriverException
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver (apt packages) here")
-UNUSED = 5
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
+K = 40
+USED = [number for number in range(K) if number % 5]
 
 
 @pytest.fixture(scope="module")
 def page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of 40 prototypes, of which every fifth is unused; prototype k by the images from number k // 3 on."""
+    """A page of 40 prototypes: every fifth is unused, and images k // 3 to 15 use prototype k."""
 
-    def see(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = torch.zeros(len(pictures), 40, 7, 7)
+    def model(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.zeros(len(inputs), K, 7, 7)
         scores[:, 1] = 0.1
-        for place in range(40):
-            if place % UNUSED:
-                scores[place // 3 :, place, place // 7, place % 7] = 0.9
-        return torch.randn(len(pictures), 6, 7, 7, generator=torch.Generator().manual_seed(0)), scores
+        for number in USED:
+            scores[number // 3 :, number, number // 7, number % 7] = 0.9
+        return torch.randn(len(inputs), 6, 7, 7, generator=torch.Generator().manual_seed(0)), scores
 
-    where = argparse.Namespace(dataset="folder", data_dir=str(images), seed=0, image_size=64, min_scale=0.08)
-    observer = Observer(see, Squares(build_dataset(where), 64), torch.device("cpu"), 16, 0)
-    survey = Survey(torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), 0.07, 4)
-    for seen in observer.look(range(16), "images"):
-        survey.add(seen)
+    dataset = build_dataset(argparse.Namespace(dataset="folder", data_dir=str(images), seed=0), recipes=())
+    extractor = FeatureExtractor(model, CenterCrops(dataset, 64), torch.device("cpu"), 16, 0)
+    stats = PrototypeStats(torch.randn(K, 6, generator=torch.Generator().manual_seed(1)), 0.07, 4)
+    for batch in extractor.extract(range(16), "extracting"):
+        stats.update(batch)
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_bytes(build_page(observer, survey, 0.5, "a page"))
+    path.write_bytes(build_page(extractor, stats, 0.5, "details"))
     return path
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def driver() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,800",
-    ):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
-    options.add_argument("--window-size=1200,800")
     options.binary_location = str(BROWSER)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    try:
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    except WebDriverException as error:
+        pytest.skip(f"chromium does not start: {error.msg}")
     yield driver
     driver.quit()
 
 
 @pytest.fixture
-def opened(browser: Any, page: Path) -> Any:
-    browser.get("about:blank")
-    browser.get_log("performance")
-    browser.get_log("browser")
-    browser.get(page.as_uri())
-    return browser
+def browser(driver: Any, page: Path) -> Any:
+    """The browser with the page newly opened and its logs cleared."""
+    driver.get("about:blank")
+    for log in ("performance", "browser"):
+        driver.get_log(log)
+    driver.get(page.as_uri())
+    return driver
 
 
-def numbers(browser: Any) -> list[int]:
-    return [int(n) for n in browser.execute_script("return [...document.querySelectorAll('article')].map(a => a.id)")]
+def card_numbers(browser: Any) -> list[int]:
+    script = "return [...document.querySelectorAll('article')].map(card => card.id)"
+    return [int(number) for number in browser.execute_script(script)]
 
 
-def choose(browser: Any, identity: str, value: str) -> None:
+def set_control(browser: Any, identifier: str, value: str) -> None:
     script = (
         "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))"
     )
-    browser.execute_script(script, identity, value)
+    browser.execute_script(script, identifier, value)
 
 
-def keys(browser: Any, words: str) -> None:
-    webdriver.ActionChains(browser).send_keys(words).perform()
+def press(browser: Any, keys: str) -> str:
+    """Press keys and return the id of the focused element."""
+    webdriver.ActionChains(browser).send_keys(keys).perform()
+    return str(browser.execute_script("return document.activeElement.id"))
 
 
-def facts(page: Path) -> list[dict[str, Any]]:
-    return json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["prototypes"]
-
-
-def test_it_opens_without_an_error_or_a_request(opened: Any, page: Path) -> None:
-    assert numbers(opened) == list(range(40))
-    assert "40 prototypes" in opened.find_element("id", "shown").text
-    sent = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
-    urls = [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
+def test_page_opens_without_errors_and_loads_no_other_files(browser: Any, page: Path) -> None:
+    assert card_numbers(browser) == list(range(K))
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [entry["params"]["request"]["url"] for entry in messages if entry["method"] == "Network.requestWillBeSent"]
     assert page.as_uri() in urls
     assert all(url == page.as_uri() or url.startswith(("data:", "blob:")) for url in urls)
-    assert opened.get_log("browser") == []
+    assert browser.get_log("browser") == []
 
 
-def test_pictures_are_there_when_they_are_near_and_let_go_when_far(opened: Any) -> None:
-    decoded = """
-        const done = arguments[arguments.length - 1];
-        const box = document.getElementById(arguments[0]).querySelector("figure div");
-        const url = box.style.backgroundImage.slice(5, -2), image = new Image();
-        if (!url) done(null); else { image.onload = () => done([image.naturalWidth, image.naturalHeight]);
-          image.onerror = () => done("broken"); image.src = url; }"""
-    wait = WebDriverWait(opened, 10)
-    width, height = wait.until(lambda _: opened.execute_async_script(decoded, "1"))
-    assert width == 4 * height > 200
-    assert opened.execute_async_script(decoded, "39") is None
-    opened.execute_script("document.getElementById('39').scrollIntoView()")
-    assert wait.until(lambda _: opened.execute_async_script(decoded, "39"))
-    assert wait.until(lambda _: opened.execute_async_script(decoded, "1") is None)
+def test_images_are_decoded_near_the_viewport_and_released_elsewhere(browser: Any) -> None:
+    script = "return document.querySelector(`[id='${arguments[0]}'] figure div`).style.backgroundImage"
+    wait = WebDriverWait(browser, 20)
+    wait.until(lambda _: "blob:" in browser.execute_script(script, "1"))
+    assert browser.execute_script(script, "39") == ""
+    browser.execute_script("document.getElementById('39').scrollIntoView()")
+    wait.until(lambda _: "blob:" in browser.execute_script(script, "39"))
+    wait.until(lambda _: browser.execute_script(script, "1") == "")
 
 
-@pytest.mark.parametrize("order", ["usage", "area", "size", "score"])
-def test_it_orders(order: str, opened: Any, page: Path) -> None:
-    def key(number: int) -> float:
-        one = facts(page)[number]
-        size = one["area"] / one["images"] if one["images"] else 0.0
-        score = one["nearest"][0][1] if one["nearest"] else -2
-        return {"usage": one["images"], "area": one["area"], "size": size, "score": score}[order]
-
-    choose(opened, "order", order)
-    shown = numbers(opened)
-    assert sorted(shown) == list(range(40))
-    values = [key(number) for number in shown]
-    assert values == pytest.approx(sorted(values, reverse=True))
-    assert {number % UNUSED for number in shown[-8:]} == {0}
-    opened.find_element("id", "reverse").click()
-    assert numbers(opened) == shown[::-1]
-
-
-def test_it_finds(opened: Any, page: Path) -> None:
-    for words, found in (("17", [17]), ("3 17, #30", [3, 17, 30]), ("8-10", [8, 9, 10]), ("38-", [38, 39])):
-        choose(opened, "find", words)
-        assert numbers(opened) == found
-    choose(opened, "find", "15.JPG")
-    names = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["names"]
-    with_it = [n for n, one in enumerate(facts(page)) if any(names[i] == "15.jpg" for i, _ in one["nearest"])]
-    assert numbers(opened) == with_it != []
-    choose(opened, "find", "no such file")
-    assert numbers(opened) == []
-    assert "No prototype matches" in opened.find_element("id", "none").text
-    choose(opened, "find", "")
-    opened.find_element("id", "unused").click()
-    assert numbers(opened) == [number for number in range(40) if number % UNUSED]
+def test_sort_keys(browser: Any, page: Path) -> None:
+    prototypes = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["prototypes"]
+    keys = {
+        "usage": lambda prototype: prototype["images"],
+        "area": lambda prototype: prototype["area"],
+        "size": lambda prototype: prototype["area"] / prototype["images"] if prototype["images"] else 0,
+        "score": lambda prototype: prototype["nearest"][0][1] if prototype["nearest"] else -2,
+    }
+    for name, key in keys.items():
+        set_control(browser, "sort", name)
+        numbers = card_numbers(browser)
+        assert numbers == sorted(range(K), key=lambda number: -key(prototypes[number]))
+        assert set(numbers[-8:]).isdisjoint(USED)
+    browser.find_element("id", "reverse").click()
+    assert card_numbers(browser) == numbers[::-1]
 
 
-def test_a_prototype_that_nothing_uses_says_so(opened: Any) -> None:
-    card = opened.find_element("css selector", "article.unused")
-    assert card.get_attribute("id") == "0"
-    assert "no image uses it" in card.text
-    assert not card.find_elements("css selector", "figure")
+def test_search_by_number_range_and_file_name(browser: Any, page: Path) -> None:
+    for query, expected in (("17", [17]), ("3 17, #30", [3, 17, 30]), ("8-10", [8, 9, 10]), ("38-", [38, 39])):
+        set_control(browser, "search", query)
+        assert card_numbers(browser) == expected
+    data = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+    image = data["names"].index("15.jpg")
+    set_control(browser, "search", "15.JPG")
+    nearest = [[index for index, _ in prototype["nearest"]] for prototype in data["prototypes"]]
+    assert card_numbers(browser) == [number for number in range(K) if image in nearest[number]] != []
+    set_control(browser, "search", "no such file")
+    assert "No prototype matches" in browser.find_element("id", "none").text
+    set_control(browser, "search", "")
+    browser.find_element("id", "unused").click()
+    assert card_numbers(browser) == USED
 
 
-def test_keys_suffice(opened: Any) -> None:
-    def focused() -> str:
-        return str(opened.execute_script("return document.activeElement.id"))
-
-    keys(opened, "jj")
-    assert focused() == "1"
-    keys(opened, "k")
-    assert focused() == "0"
-    keys(opened, "j" + Keys.ENTER)
-    assert "large" in str(opened.find_element("id", "1").get_attribute("class"))
-    keys(opened, "/")
-    assert focused() == "find"
-    keys(opened, "33" + Keys.ENTER)
-    assert focused() == "33"
-    keys(opened, Keys.ESCAPE)
-    assert len(numbers(opened)) == 40
-    keys(opened, "s")
-    assert opened.find_element("id", "order").get_attribute("value") == "usage"
-    before = numbers(opened)
-    keys(opened, "r")
-    assert numbers(opened) == before[::-1]
-
-
-def test_a_link_leads_to_its_prototype_even_if_it_was_filtered_out(opened: Any) -> None:
-    choose(opened, "find", "3")
-    opened.execute_script("location.hash = '#36'")
-    WebDriverWait(opened, 5).until(lambda _: 36 in numbers(opened))
-    assert opened.execute_script("return document.activeElement.id") == "36"
+def test_keyboard_and_links(browser: Any) -> None:
+    keys = webdriver.Keys
+    assert press(browser, "jj") == "1"
+    assert press(browser, "k" + keys.ENTER) == "0"
+    assert press(browser, "j" + keys.ENTER) == "1"
+    assert "large" in browser.find_element("id", "1").get_attribute("class")
+    assert press(browser, "/") == "search"
+    assert press(browser, "33" + keys.ENTER) == "33"
+    browser.execute_script("location.hash = '#36'")  # which the search hides
+    WebDriverWait(browser, 20).until(lambda _: len(card_numbers(browser)) == K)
+    assert browser.execute_script("return document.activeElement.id") == "36"
+    press(browser, "s")
+    assert browser.find_element("id", "sort").get_attribute("value") == "usage"
 
 
 @pytest.mark.parametrize("width", [320, 390, 1200, 2500])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_every_width_and_both_color_schemes(width: int, scheme: str, opened: Any) -> None:
+def test_page_fits_the_width_in_light_and_dark(width: int, browser: Any) -> None:
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    assert opened.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    paper, ink = opened.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
-    bright = [sum(int(level) for level in color[4:-1].split(",")) / 765 for color in (paper, ink)]
-    assert (bright[0] > 0.9 and bright[1] < 0.2) if scheme == "light" else (bright[0] < 0.1 and bright[1] > 0.85)
-    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        brightness = sum(int(level) for level in background[4:-1].split(",")) / 765
+        assert brightness > 0.9 if scheme == "light" else brightness < 0.1
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -47,7 +47,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         UsageError: the file cannot be written.
     """
     file = BytesIO()
-    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
     with matplotlib.rc_context({"svg.hashsalt": "slots", "pdf.fonttype": 42}):
         figure.savefig(file, format=path.suffix[1:].lower(), metadata=dates, bbox_inches="tight", pad_inches=0.2)
     write_file(path, file.getvalue())
