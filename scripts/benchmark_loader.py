@@ -53,7 +53,7 @@ def rendered_batch(args: argparse.Namespace, size: int | None = None) -> Batch:
     size = size or args.batch_size // distributed.world_size()
     with TemporaryDirectory() as folder:
         for number in range(8):
-            Image.fromarray(render_scene(0, "train", number, 640, 480)[0]).save(Path(folder, f"{number}.jpg"))
+            Image.fromarray(render_scene(0, "train", number)[0]).save(Path(folder, f"{number}.jpg"))
         dataset = folder_dataset(argparse.Namespace(**vars(args) | {"decode": "cpu"}), Path(folder), size)
         return collate([dataset[index] for index in range(size)])
 
