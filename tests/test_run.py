@@ -1,4 +1,4 @@
-"""What happens during a run: non-finite losses, unreadable images, accumulation, other people's weights."""
+"""What the training loop does: non-finite steps, unreadable images, accumulation, precision, metrics, learning."""
 
 import argparse
 import dataclasses
@@ -9,310 +9,242 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor
 
 import main_pretrain
 from data.datasets import build_dataset
-from data.loader import collate
-from data.loader import prefetch
+from data.loader import Batch, collate, prefetch
 from models import build_method
 from models.slotcon import SlotCon
-from utils.batch import Batch
+from tests.helpers import METHOD_FLAGS, make_batch, read_metrics, read_weights
 from utils.device import choose_device
-from utils.errors import UsageError
 from utils.finite import FiniteGuard, restore_unless_, zero_unless_
 from utils.meter import Meter
+from utils.run import Run
 
 Tiny = Callable[..., list[str]]
+pytestmark = pytest.mark.usefixtures("small_encoder")
 
 
-def state(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, weights_only=True)["model"]
-
-
-def break_losses(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
-    """Make SlotCon's loss NaN in the steps that `bad` names."""
+def break_losses(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
+    """Make the loss of SlotCon NaN in the steps that `is_bad` selects."""
     forward = SlotCon.forward
 
     def broken(self: SlotCon, batch: Batch) -> dict[str, Tensor]:
-        out = forward(self, batch)
-        return {**out, "loss": out["loss"] * float("nan")} if bad(batch.step) else out
+        output = forward(self, batch)
+        return output | {"loss": output["loss"] * float("nan")} if is_bad(batch.step) else output
 
     monkeypatch.setattr(SlotCon, "forward", broken)
 
 
+# Losses that are not finite
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("first_bad", [0, 2])
-def test_a_step_with_a_non_finite_loss_changes_nothing_but_the_teacher(
-    optimizer: str, first_bad: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bad_epoch", [1, 2])
+def test_steps_with_a_non_finite_loss_change_nothing(
+    optimizer: str, bad_epoch: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 0 and 1 make epoch 1, steps 2 and 3 epoch 2; an epoch of bad steps leaves everything as it found it."""
-    break_losses(monkeypatch, lambda step: step in (first_bad, first_bad + 1))
-    flags = tiny("--optimizer", optimizer, "--save-freq", "1", "--teacher-momentum", "1")
-    args = main_pretrain.parse_args(flags)
-    torch.manual_seed(args.seed)
-    initial = build_method(args).state_dict()
-    main_pretrain.main(flags)
-    first, second = state(tmp_path / "run/ckpt_epoch_1.pth"), state(tmp_path / "run/ckpt_epoch_2.pth")
-    before, after = (initial, first) if first_bad == 0 else (first, second)
-    assert [name for name in before if not torch.equal(before[name], after[name]) and "tracked" not in name] == []
-    before, after = (first, second) if first_bad == 0 else (initial, first)
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert any("encoder_q" in name and "weight" in name for name in moved)
-    assert any("running_mean" in name for name in moved)
-    assert all(value.isfinite().all() for value in second.values())
+    """Of two epochs of two steps, one has only bad steps; the teacher is fixed by its momentum."""
+    break_losses(monkeypatch, lambda step: step // 2 == bad_epoch - 1)
+    argv = tiny("--optimizer", optimizer, "--save-freq", "1", "--teacher-momentum", "1")
+    torch.manual_seed(0)
+    states = [build_method(main_pretrain.parse_args(argv)).state_dict()]
+    main_pretrain.main(argv)
+    states += [read_weights(tmp_path / f"run/ckpt_epoch_{epoch}.pth") for epoch in (1, 2)]
+    for epoch in (1, 2):
+        before, after = states[epoch - 1], states[epoch]
+        changed = [n for n in before if not torch.equal(before[n], after[n]) and "tracked" not in n]
+        if epoch == bad_epoch:
+            assert changed == []
+        else:
+            assert {"encoder_q.0.weight", "encoder_q.1.running_mean", "center"} <= set(changed)
+        assert all(value.isfinite().all() for value in after.values())
     log = (tmp_path / "run/log.txt").read_text()
-    assert f"step {first_bad}: the loss on rank 0 was not finite; step left out" in log
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped_steps"] for record in records] == ([2, 0] if first_bad == 0 else [0, 2])
+    assert f"step {2 * bad_epoch - 2}: the loss on rank 0 was not finite; step skipped" in log
+    skipped = [record["optim/skipped_steps"] for record in read_metrics(tmp_path / "run")]
+    assert skipped == ([2, 0] if bad_epoch == 1 else [0, 2])
 
 
-def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_step_out(
+def test_a_step_with_a_non_finite_gradient_of_a_finite_loss_is_skipped(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = SlotCon.forward
 
     def broken(self: SlotCon, batch: Batch) -> dict[str, Tensor]:
-        out = forward(self, batch)
-        root = (self.grouping_q.slot_embed.weight.sum() * 0).sqrt()  # 0, with an infinite slope
-        return {**out, "loss": out["loss"] + root if batch.step == 2 else out["loss"]}
+        output = forward(self, batch)
+        zero = (self.grouping_q.slot_embed.weight.sum() * 0).sqrt()  # its derivative is infinite
+        return output | {"loss": output["loss"] + zero} if batch.step == 2 else output
 
     monkeypatch.setattr(SlotCon, "forward", broken)
     main_pretrain.main(tiny())
-    assert all(value.isfinite().all() for value in state(tmp_path / "run/current.pth").values())
-    assert "step 2: the gradient was not finite; step left out" in (tmp_path / "run/log.txt").read_text()
+    assert all(value.isfinite().all() for value in read_weights(tmp_path / "run/current.pth").values())
+    assert "step 2: the gradient was not finite; step skipped" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_ten_non_finite_losses_in_a_row_stop_the_run(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_ten_non_finite_losses_in_a_row_end_the_run_and_nine_do_not(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    break_losses(monkeypatch, lambda step: step >= 2)
-    with pytest.raises(SystemExit) as stopped:
-        main_pretrain.main(tiny("--epochs", "9", "--save-freq", "1"))
-    assert stopped.value.code == 2
+    break_losses(monkeypatch, lambda step: step not in (0, 1, 11))
+    with pytest.raises(SystemExit) as exit_info:
+        main_pretrain.main(tiny("--epochs", "20"))
+    assert exit_info.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite, the last of 10 such steps in a row" in line
-    assert "step 11" in line
-    assert not (tmp_path / "run/ckpt_epoch_6.pth").exists()
-    good, last = state(tmp_path / "run/ckpt_epoch_1.pth"), state(tmp_path / "run/current.pth")
-    assert all(torch.equal(good[name], last[name]) for name in good if "_q" in name and "tracked" not in name)
+    assert "step 21: the loss on rank 0 was not finite, the last of 10 such steps in a row" in line
 
 
-def test_nine_in_a_row_do_not(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_losses(monkeypatch, lambda step: step not in (9, 19))
-    main_pretrain.main(tiny("--epochs", "11"))
-    assert (tmp_path / "run/ckpt_epoch_11.pth").exists()
+@pytest.mark.parametrize("condition", [0.0, 1.0])
+def test_masking_of_bits_keeps_nan_infinity_and_signs(condition: float) -> None:
+    values = torch.tensor([float("nan"), float("inf"), -0.0, 1e-42, 3.0])
+    tensors, saved = [values.clone(), values.flip(0).reshape(5, 1)], [torch.ones(5), torch.zeros(5, 1)]
+    expected = [tensor.clone() for tensor in (tensors if condition else saved)]
+    restore_unless_(torch.tensor(condition), tensors, saved)
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(tensors, expected))
+    tensors = [values.clone()]
+    zero_unless_(torch.tensor(condition), tensors)
+    expected = values if condition else torch.zeros(5)
+    assert torch.equal(tensors[0].view(torch.int32), expected.view(torch.int32))
 
 
-def test_bits_are_selected_whatever_they_mean() -> None:
-    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-42, 3.0])
-    for go in (0.0, 1.0):
-        tensors, before = [odd.clone(), odd.flip(0).reshape(5, 1)], [torch.ones(5), torch.zeros(5, 1)]
-        restore_unless_(torch.tensor(go), tensors, before)
-        wanted = [odd, odd.flip(0).reshape(5, 1)] if go else before
-        assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(tensors, wanted))
-        tensors = [odd.clone()]
-        zero_unless_(torch.tensor(go), tensors)
-        assert torch.equal(tensors[0].view(torch.int32), (odd * 1 if go else torch.zeros(5)).view(torch.int32))
-
-
-def test_the_guard_makes_every_gradient_of_a_bad_loss_nan() -> None:
+def test_the_guard_makes_all_gradients_of_a_bad_loss_nan() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     guard = FiniteGuard(torch.nn.BatchNorm1d(3), torch.device("cpu"))
-    guard.open_step()
+    guard.begin_step()
     loss = weight.sum() + torch.inf
-    (loss * guard.watch(loss)).backward()
+    (loss * guard.check_loss(loss)).backward()
     assert weight.grad is not None
     assert weight.grad.isnan().all()
-    go, bad = guard.close_step(None)
-    assert (go, bad.tolist()) == (0, [1.0])
+    step_ok, bad_ranks = guard.end_step(None)
+    assert (step_ok, bad_ranks.tolist()) == (0, [1.0])
 
 
-@pytest.fixture
-def many_images(images: Path, tmp_path: Path) -> Path:
-    """A folder of 120 images."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(120):
-        shutil.copy(images / f"{number % 16:02}.jpg", folder / f"{number:03}.jpg")
-    return folder
+# Unreadable images
 
 
-def damage(path: Path) -> str:
-    path.write_bytes(path.read_bytes()[:500])
-    return str(path)
-
-
-def test_an_unreadable_image_is_replaced_named_once_and_counted(many_images: Path, tiny: Tiny, tmp_path: Path) -> None:
-    name = damage(many_images / "007.jpg")
-    main_pretrain.main(tiny("--data-dir", str(many_images), "--batch-size", "40", "--print-freq", "1"))
-    assert (tmp_path / "run/log.txt").read_text().count(name) == 1
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["unreadable_images"] == 1
-
-
-def test_more_than_one_per_cent_unreadable_stop_the_run_with_a_list(
-    many_images: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_more_than_one_percent_of_unreadable_images_ends_the_run(
+    damaged: int, images: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [damage(many_images / "007.jpg"), damage(many_images / "008.jpg")]
-    with pytest.raises(SystemExit) as stopped:
-        main_pretrain.main(tiny("--data-dir", str(many_images), "--batch-size", "40"))
-    assert stopped.value.code == 2
+    """One of 120 is replaced, named once in the log and counted; two are too many, and named in the error."""
+    for number in range(120):
+        shutil.copy(images / f"{number % 16:02}.jpg", tmp_path / f"{number:03}.jpg")
+    names = [tmp_path / f"00{number}.jpg" for number in range(damaged)]
+    for path in names:
+        path.write_bytes(path.read_bytes()[:500])
+    argv = tiny("--data-dir", str(tmp_path), "--batch-size", "40", "--print-freq", "1")
+    if damaged == 1:
+        main_pretrain.main(argv)
+        assert (tmp_path / "run/log.txt").read_text().count(str(names[0])) == 1
+        assert read_metrics(tmp_path / "run")[-1]["data/unreadable_images"] == 1
+        return
+    with pytest.raises(SystemExit) as exit_info:
+        main_pretrain.main(argv)
+    assert exit_info.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "2 of 120 images cannot be read" in line
-    assert all(name in line for name in names)
-    assert not (tmp_path / "run/current.pth").exists()
+    assert "2 of 120 images are unreadable" in line
+    assert all(str(name) in line for name in names)
+
+
+# One optimizer step
+
+
+def build_run(args: argparse.Namespace) -> Run:
+    return main_pretrain.build_run(args, choose_device(args), num_images=16)
+
+
+def take_step(run: Run, *batches: Batch) -> Tensor:
+    """Take one optimizer step at a learning rate of 1; return the change of all trained parameters."""
+    run.plan = dataclasses.replace(run.plan, peak_lr=1.0, warmup_steps=0)
+    params = [p for p in run.method.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in params]
+    guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, 16, run.method.build_monitor(1))
+    main_pretrain.train_step(run, run.method, prefetch(batches, run.device), guard, meter, 0)
+    return torch.cat([(p.detach() - old).flatten() for p, old in zip(params, before)])
+
+
+SGD = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0"]
 
 
 def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) -> None:
-    """SGD without momentum moves by the mean of what each of the batches alone would have moved."""
-    flags = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--warmup-epoch", "0", "--batch-size", "4"]
-    args = main_pretrain.parse_args(tiny(*flags, "--accum-steps", "2"))
-    dataset = build_dataset(args)
-    batches = [collate([dataset[index] for index in range(first, first + 4)]) for first in (0, 4)]
+    """Plain SGD moves by the gradient. The center is fixed, which otherwise moves between the batches."""
+    flags = [*SGD, "--batch-size", "4", "--center-momentum", "1"]
+    batches = [make_batch(4, seed=seed) for seed in (0, 1)]
+    separate = [take_step(build_run(main_pretrain.parse_args(tiny(*flags))), batch) for batch in batches]
+    run = build_run(main_pretrain.parse_args(tiny(*flags, "--accum-steps", "2")))
+    assert run.plan.effective_batch == 8
+    mean = (separate[0] + separate[1]) / 2
+    # Float32 rounding of sums of some 1e3 products, relative to the largest gradient.
+    torch.testing.assert_close(take_step(run, *batches), mean, rtol=0, atol=1e-4 * float(mean.abs().max()))
 
-    def moved(args: argparse.Namespace, *fed: Batch) -> Tensor:
-        run = main_pretrain.build_run(args, choose_device(args), len(dataset))
-        assert run.plan.peak_lr == run.plan.effective_batch / 256
-        run.plan = dataclasses.replace(run.plan, peak_lr=1.0)
-        before = run.method.encoder_q[0].weight.clone()  # type: ignore[index]
-        guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, len(dataset), run.plan.steps_per_epoch)
-        main_pretrain.optimize(run, run.method, prefetch(fed, run.device), guard, meter, 0)
-        return (run.method.encoder_q[0].weight - before).detach()  # type: ignore[index]
 
-    alone = main_pretrain.parse_args(tiny(*flags))
-    mean = (moved(alone, batches[0]) + moved(alone, batches[1])) / 2
-    # The second batch meets a center that the first has moved, which the grouping loss feels a little.
-    torch.testing.assert_close(moved(args, *batches), mean, rtol=0, atol=0.03 * float(mean.detach().abs().max()))
+def test_the_gradient_is_clipped_to_its_max_norm(tiny: Tiny) -> None:
+    batch = make_batch(8)
+    unclipped = take_step(build_run(main_pretrain.parse_args(tiny(*SGD))), batch)
+    clipped = take_step(build_run(main_pretrain.parse_args(tiny(*SGD, "--clip-grad", "0.1"))), batch)
+    assert unclipped.norm() > 0.2
+    # Parameters are of the order of 1, so that their changes are known to some 1e-7.
+    torch.testing.assert_close(clipped, unclipped * 0.1 / unclipped.norm(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains(amp: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_mixed_precision_trains_and_saves_float32(amp: str, tiny: Tiny, tmp_path: Path) -> None:
     flags = ["--fp16"] if amp == "fp16" else ["--amp", amp]
     main_pretrain.main(tiny(*flags, "--clip-grad", "1"))
     assert json.loads((tmp_path / "run/config.json").read_text())["args"]["amp"] == amp
-    checkpoint = torch.load(tmp_path / "run/current.pth", weights_only=True)
-    assert all(value.dtype != torch.bfloat16 and value.isfinite().all() for value in checkpoint["model"].values())
-    assert bool(checkpoint["scaler"]) == (amp == "fp16")
+    state = torch.load(tmp_path / "run/current.pth", weights_only=True)
+    assert {value.dtype for value in state["model"].values()} == {torch.float32, torch.int64}
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert bool(state["scaler"]) == (amp == "fp16")
 
 
-def test_the_gradient_is_clipped_to_the_norm_asked_for(tiny: Tiny, tmp_path: Path) -> None:
-    """With SGD, no momentum and no decay one step moves the weights by lr times the clipped gradient."""
-    flags = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--clip-grad", "1e-3"]
-    flags += ["--batch-size", "16", "--epochs", "1", "--warmup-epoch", "0", "--base-lr", "16"]
-    argv = tiny(*flags)
-    args = main_pretrain.parse_args(argv)
-    torch.manual_seed(args.seed)
-    before = build_method(args).state_dict()
-    main_pretrain.main(argv)
-    after = state(tmp_path / "run/current.pth")
-    trained = [n for n, p in build_method(args).named_parameters() if p.requires_grad]
-    moved = torch.stack([(after[name] - before[name]).norm() for name in trained]).norm()
-    assert moved == pytest.approx(1e-3, rel=1e-2)
+# Whole runs
 
 
-def released_checkpoint(args: argparse.Namespace, path: Path) -> dict[str, Tensor]:
-    """A file as the authors released them: a Namespace, DDP's prefix, the optimizer's state."""
-    torch.manual_seed(7)
-    weights = build_method(args).state_dict()
-    weights["center"] += 0.5
-    entry = {f"module.{name}": value for name, value in weights.items()}
-    torch.save({"args": args, "model": entry, "optimizer": {}, "scheduler": {}, "epoch": 800, "scaler": {}}, path)
-    return weights
+@pytest.mark.parametrize("flags", METHOD_FLAGS.values(), ids=METHOD_FLAGS)
+def test_metric_names_carry_their_group(flags: list[str], tiny: Tiny, tmp_path: Path) -> None:
+    main_pretrain.main(tiny(*flags))
+    names = read_metrics(tmp_path / "run")[0].keys() - {"step", "epoch", "loss"}
+    assert {name.split("/")[0] for name in names if name.count("/") == 1} == {"loss", "slots", "optim", "speed", "data"}
+    assert all(name.count("/") == 1 for name in names)
+    expected = {"loss/group", "slots/per_image", "slots/prototypes_used", "optim/lr", "optim/weight_decay"}
+    expected |= {"optim/teacher_momentum", "optim/gradient_norm", "speed/images_per_second", "speed/data_wait"}
+    expected |= {"speed/memory_gib", "data/unreadable_images"}
+    if "slotfa" in flags:
+        expected |= {"loss/augmented", "slots/assignments_moved"}
+    assert expected <= names
+    assert ("loss/contrast" in names) == ("slotfa" not in flags or "0.5" in flags[:4])
 
 
-def test_the_weights_have_the_names_of_the_released_checkpoints(tiny_args: argparse.Namespace) -> None:
-    resnet = [name for name in torchvision.models.resnet18().state_dict() if not name.startswith("fc.")]
-    layers = {f"{layer}.{kind}" for layer in (0, 1, 3, 4, 6) for kind in ("weight", "bias")}
-    layers |= {f"{layer}.{kind}" for layer in (1, 4) for kind in ("running_mean", "running_var", "num_batches_tracked")}
-    expected = {"center", "grouping_q.slot_embed.weight", "grouping_k.slot_embed.weight"}
-    expected |= {f"encoder_{side}.{name}" for side in "qk" for name in resnet}
-    heads = ("projector_q", "projector_k", "predictor_slot")
-    expected |= {f"{head}.mlp.{layer}" for head in heads for layer in layers}
-    weights = build_method(tiny_args).state_dict()
-    assert set(weights) == expected
-    assert weights["center"].shape == (1, 8)
-    assert weights["projector_q.mlp.0.weight"].shape == (32, 512, 1, 1)
-    assert weights["predictor_slot.mlp.6.weight"].shape == (16, 32)
+# Over ten seeds the loss falls by 0.94 with a standard deviation of 0.12, and by 1.57 with one of 0.14.
+@pytest.mark.parametrize("method", ["slotcon", "slotfa_contrast"])
+def test_training_lowers_the_loss(method: str, tiny: Tiny) -> None:
+    """One batch, and a fixed teacher and center, so that the loss is the same function in every step."""
+    flags = ["--optimizer", "adamw", "--base-lr", "0.3", "--teacher-momentum", "1", "--center-momentum", "1"]
+    args = main_pretrain.parse_args(tiny(*METHOD_FLAGS[method], *flags, "--warmup-epoch", "0", "--epochs", "100"))
+    dataset, run = build_dataset(args), build_run(args)
+    batch = next(prefetch([collate([dataset[index] for index in range(8)])], run.device))
+    guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, 16, run.method.build_monitor(1))
+    losses = []
+    for step in range(30):
+        main_pretrain.train_step(run, run.method, iter([batch]), guard, meter, step)
+        losses.append(meter.read(step + 1)[0]["loss"])
+    assert sum(losses[:10]) / 10 - sum(losses[-10:]) / 10 > 0.2
 
 
-def initialized(argv: list[str]) -> dict[str, Tensor]:
-    """The weights that a run starts from: it trains for one step at a learning rate of zero."""
-    main_pretrain.main([*argv, "--base-lr", "0", "--batch-size", "16", "--epochs", "1", "--teacher-momentum", "1"])
-    folder = Path(argv[argv.index("--output-dir") + 1])
-    return state(folder / "current.pth")
-
-
-def learned(name: str) -> bool:
-    return not any(word in name for word in ("running", "tracked", "center"))
-
-
-def test_init_takes_a_released_checkpoint_whole(tiny: Tiny, tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    expected = released_checkpoint(tiny_args, tmp_path / "released.pth")
-    found = initialized(tiny("--init", str(tmp_path / "released.pth")))
-    assert set(found) == set(expected)
-    for name in filter(learned, expected):
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=name)
-
-
-def test_init_with_another_number_of_prototypes_keeps_the_networks(
-    tiny: Tiny, tiny_args: argparse.Namespace, tmp_path: Path
-) -> None:
-    expected = released_checkpoint(tiny_args, tmp_path / "released.pth")
-    found = initialized(tiny("--init", str(tmp_path / "released.pth"), "--num-prototypes", "20"))
-    assert found["grouping_k.slot_embed.weight"].shape == (20, 16)
-    for name in filter(learned, expected):
-        if "slot_embed" not in name:
-            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=name)
-
-
-@pytest.mark.parametrize("prefix", ["", "encoder_k.", "module.encoder_q.", "backbone."])
-def test_init_takes_a_backbone_alone_for_student_and_teacher(prefix: str, tiny: Tiny, tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    resnet = torchvision.models.resnet18().state_dict()
-    torch.save({"state_dict": {f"{prefix}{name}": value for name, value in resnet.items()}}, tmp_path / "backbone.pth")
-    found = initialized(tiny("--init", str(tmp_path / "backbone.pth")))
-    for name in filter(learned, resnet):
-        for encoder in ("encoder_q", "encoder_k") if not name.startswith("fc") else ():
-            torch.testing.assert_close(found[f"{encoder}.{name}"], resnet[name], atol=1e-5, rtol=0, msg=name)
-
-
-def test_init_refuses_a_file_without_an_encoder(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    from utils.checkpoint import initialize_from
-
-    torch.save({"model": {"head.weight": torch.ones(2)}}, tmp_path / "head.pth")
-    with pytest.raises(UsageError, match="no encoder"):
-        initialize_from(build_method(tiny_args), tmp_path / "head.pth")
-
-
-def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(
+def test_a_dry_run_prints_the_summary_and_writes_nothing(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main_pretrain.main(tiny("--dry-run"))
-    told = capsys.readouterr().out
+    summary = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
     main_pretrain.main(tiny())
     size = (tmp_path / "run/current.pth").stat().st_size / 2**20
-    assert "effective batch   8 = 8 over all processes x 1" in told
-    assert "steps             4 = 2 epochs x 2" in told
-    assert int(told.split("checkpoint size")[1].split()[0]) == pytest.approx(size, abs=1.5)
+    assert "effective batch   8 = 8 over all processes x 1" in summary
+    assert "steps             4 = 2 epochs x 2" in summary
+    assert int(summary.split("checkpoint size")[1].split()[0]) == pytest.approx(size, abs=1.5)
 
 
-def test_the_help_is_grouped_and_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main_pretrain.parse_args(["--method", "slotcon", "--help"])
-    assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    for group in ("data:", "encoder:", "method slotcon:", "optimization:", "run:"):
-        assert f"\n{group}" in told
-    assert "(default: 256)" in told
-    assert "scenes (default: 0)" in told
-    assert "None" not in told
-
-
-def test_the_public_surface_is_there(tiny_args: argparse.Namespace) -> None:
-    from data.loader import Batch, build_dataset
-    from models import build_method
+def test_the_public_surface(tiny_args: argparse.Namespace) -> None:
     from utils.checkpoint import load_weights
     from utils.optimizers import LARS
 
@@ -321,20 +253,8 @@ def test_the_public_surface_is_there(tiny_args: argparse.Namespace) -> None:
     method = build_method(tiny_args)
     views = [torch.randn(2, 3, 64, 64) for _ in range(2)]
     crops, flips = torch.tensor([0.0, 0.0, 9.0, 9.0]).repeat(2, 2, 1), torch.zeros(2, 2, dtype=torch.bool)
-    batch = Batch(views=views, crops=crops, flips=flips, turns=torch.zeros(2, 2).long(), index=torch.arange(2))
+    batch = Batch(views=views, crops=crops, flips=flips, rotations=torch.zeros(2, 2).long(), index=torch.arange(2))
     method(batch)["loss"].backward()
     method.update_teacher(0.99)
     sample = build_dataset(tiny_args)[3]
     assert (sample.index, [view.shape for view in sample.views]) == (3, [(3, 64, 64)] * 2)
-
-
-def test_the_published_recipe_is_the_default() -> None:
-    args = main_pretrain.parse_args([])
-    published = {"dataset": "COCO", "data_dir": "./data", "image_size": 224, "min_scale": 0.08, "arch": "resnet50"}
-    published |= {"dim_hidden": 4096, "dim_out": 256, "num_prototypes": 256, "teacher_momentum": 0.99}
-    published |= {"teacher_temp": 0.07, "student_temp": 0.1, "center_momentum": 0.9, "group_loss_weight": 0.5}
-    published |= {"batch_size": 512, "base_lr": 1.0, "optimizer": "lars", "warmup_epoch": 5, "warmup_multiplier": 100}
-    published |= {"weight_decay": 1e-5, "momentum": 0.9, "start_epoch": 1, "epochs": 800, "output_dir": "./output"}
-    published |= {"auto_resume": False, "resume": "", "print_freq": 10, "save_freq": 50, "seed": 0, "num_workers": 8}
-    published |= {"contrast_temp": 0.2, "output_stride": 32}
-    assert {name: getattr(args, name) for name in published} == published
