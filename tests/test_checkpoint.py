@@ -86,8 +86,8 @@ def test_first_mismatch_names_the_tensor() -> None:
     [
         ({"weight": None}, "weight is missing"),
         ({"extra": torch.ones(1)}, "extra has no place in this model"),
-        ({"weight": torch.ones(3, 2)}, r"weight is \(3, 2\) there and \(1, 2\) here"),
-        ({"weight": "text"}, "weight is no tensor"),
+        ({"weight": torch.ones(3, 2)}, r"weight is \(3, 2\) and should be \(1, 2\)"),
+        ({"weight": "text"}, "weight is not a tensor"),
     ],
 )
 def test_load_strict_names_the_first_difference(change: dict[str, Any], reason: str) -> None:

@@ -104,7 +104,7 @@ def test_arguments_without_effect_on_the_result_may_change() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-prototypes", "9"], r" there and (9, 16) here|(1, 8) there and (1, 9) here"),
+        (["--num-prototypes", "9"], r" and should be (9, 16)|(1, 8) and should be (1, 9)"),
         (["--group-loss-weight", "1"], "its optimizer has other parameters"),
         (["--method", "slotfa"], "--method slotcon -> slotfa: cannot change"),
     ],

@@ -25,7 +25,7 @@ from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
 
 ROOT = Path(__file__).parents[1]
-CODE = "import os; os.mkdir('sprung')"
+CODE = "import os; os.mkdir('code_ran')"
 """What the attacks run: it leaves a mark in the working directory."""
 
 
@@ -48,16 +48,16 @@ def with_state(instance: bytes, state: bytes) -> bytes:
     return instance + state + b"b"
 
 
-def whole(expression: bytes) -> bytes:
-    """A file's dict with `expression` as one of its values."""
+def pickle_of(expression: bytes) -> bytes:
+    """Return the pickle of a dict in which `expression` is a value."""
     return b"\x80\x04(" + value("model") + expression + value("x") + value(1) + b"d."
 
 
 def nested(reader: bytes) -> bytes:
-    return call(reader, value(pickle.dumps(Trap())))
+    return call(reader, value(pickle.dumps(RunsCode())))
 
 
-class Trap:
+class RunsCode:
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return exec, (CODE,)
 
@@ -74,12 +74,12 @@ _IMPORT = call(name("torch._utils", "_rebuild_tensor_v2.__globals__.get"), value
 
 RUNS_CODE = {
     "exec": call(name("builtins", "exec"), value(CODE)),
-    "mkdir": call(name("posix", "mkdir"), value("sprung")),
-    "subprocess": call(name("subprocess", "getoutput"), value("mkdir sprung")),
+    "mkdir": call(name("posix", "mkdir"), value("code_ran")),
+    "subprocess": call(name("subprocess", "getoutput"), value("mkdir code_ran")),
     "dotted name of a tensor function": call(
         call(name("torch._utils", "_rebuild_tensor.__builtins__.get"), value("exec")), value(CODE)
     ),
-    "globals of a tensor function": call(call(_IMPORT, value("os.mkdir")), value("sprung")),
+    "globals of a tensor function": call(call(_IMPORT, value("os.mkdir")), value("code_ran")),
     "builtins of a module": call(call(name("torch._utils", "__builtins__.get"), value("exec")), value(CODE)),
     "dotted name of an allowed class": call(
         call(name("argparse", "Namespace.__init__.__builtins__.get"), value("exec")), value(CODE)
@@ -87,9 +87,9 @@ RUNS_CODE = {
     "getattr": call(call(call(_GETATTR, _BUILTINS, value("get")), value("exec")), value(CODE)),
     "nested, pickle": nested(name("pickle", "loads")),
     "nested, _pickle": nested(name("_pickle", "loads")),
-    "nested, torch": call(name("torch.storage", "_load_from_bytes"), value(torch_bytes(Trap()))),
+    "nested, torch": call(name("torch.storage", "_load_from_bytes"), value(torch_bytes(RunsCode()))),
     "nested, NumPy": call(name("numpy", "load"), value("objects.npy"), value(None), value(True)),
-    "in an array of objects": value(np.array([Trap()], dtype=object)),
+    "in an array of objects": value(np.array([RunsCode()], dtype=object)),
 }
 """Expressions that run CODE where names are resolved as pickle does."""
 
@@ -165,44 +165,44 @@ CONTAINERS = [as_zip, as_legacy, as_legacy_header, as_tar, as_pickle]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a file of arrays that runs code."""
     monkeypatch.chdir(tmp_path)
-    np.save("objects.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    np.save("objects.npy", np.array([RunsCode()], dtype=object), allow_pickle=True)
     return tmp_path
 
 
-def sprung() -> bool:
-    return Path("sprung").exists()
+def code_ran() -> bool:
+    return Path("code_ran").exists()
 
 
 @pytest.mark.parametrize("attack", RUNS_CODE)
 def test_each_attack_would_work_without_the_allow_list(attack: str) -> None:
-    pickle.loads(whole(RUNS_CODE[attack]))
-    assert sprung()
+    pickle.loads(pickle_of(RUNS_CODE[attack]))
+    assert code_ran()
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("attack", RUNS_CODE)
 def test_pth_with_code_is_refused_and_runs_nothing(container: Callable[[Path, bytes], None], attack: str) -> None:
-    container(Path("in.pth"), whole(RUNS_CODE[attack]))
+    container(Path("in.pth"), pickle_of(RUNS_CODE[attack]))
     with pytest.raises(UsageError, match=r"^--init in\.pth: ") as refusal:
         checkpoint.load("in.pth", "--init")
     assert "\n" not in str(refusal.value)
-    assert not sprung()
+    assert not code_ran()
 
 
 @pytest.mark.parametrize("attack", RUNS_CODE)
 def test_pkl_with_code_is_refused_and_runs_nothing(attack: str) -> None:
-    as_pickle(Path("in.pkl"), whole(RUNS_CODE[attack]))
+    as_pickle(Path("in.pkl"), pickle_of(RUNS_CODE[attack]))
     with pytest.raises(UsageError, match=r"^IN in\.pkl: refused") as refusal:
         load_arrays(Path("in.pkl"), "IN")
     assert "\n" not in str(refusal.value)
-    assert not sprung()
+    assert not code_ran()
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
 def test_misuse_of_allowed_objects_leaves_plain_data_or_is_refused(misuse: str) -> None:
-    as_pickle(Path("in.pkl"), whole(MISUSES[misuse]))
-    as_zip(Path("zip.pth"), whole(MISUSES[misuse]))
-    as_legacy(Path("legacy.pth"), whole(MISUSES[misuse]))
+    as_pickle(Path("in.pkl"), pickle_of(MISUSES[misuse]))
+    as_zip(Path("zip.pth"), pickle_of(MISUSES[misuse]))
+    as_legacy(Path("legacy.pth"), pickle_of(MISUSES[misuse]))
     for read in (load_arrays, checkpoint.load):
         for file in ("in.pkl", "zip.pth", "legacy.pth"):
             with contextlib.suppress(UsageError):
@@ -216,7 +216,7 @@ def test_misuse_of_allowed_objects_leaves_plain_data_or_is_refused(misuse: str) 
 
 @pytest.mark.parametrize("misuse", ["dtype of addresses", "dtype of objects", "array of objects"])
 def test_arrays_of_anything_but_numbers_are_refused(misuse: str) -> None:
-    as_pickle(Path("in.pkl"), whole(MISUSES[misuse]))
+    as_pickle(Path("in.pkl"), pickle_of(MISUSES[misuse]))
     with pytest.raises(UsageError, match="refused, it holds more than arrays and numbers"):
         load_arrays(Path("in.pkl"), "IN")
 
@@ -242,12 +242,12 @@ def test_tensors_without_plain_values_are_refused(kind: str) -> None:
 
 
 def test_what_other_libraries_allow_is_not_allowed_here() -> None:
-    as_zip(Path("in.pth"), whole(RUNS_CODE["exec"]))
+    as_zip(Path("in.pth"), pickle_of(RUNS_CODE["exec"]))
     with torch.serialization.safe_globals([exec]):
         with pytest.raises(UsageError, match="refused"):
             checkpoint.load("in.pth", "--init")
         assert exec in torch.serialization.get_safe_globals()
-    assert not sprung()
+    assert not code_ran()
 
 
 # What has to be read all the same.
@@ -315,7 +315,7 @@ def test_commands_refuse_code_in_one_line(
     command: str, suffix: str, tiny: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = f"in{suffix}"
-    as_zip(Path(path), whole(RUNS_CODE["dotted name of a tensor function"]))
+    as_zip(Path(path), pickle_of(RUNS_CODE["dotted name of a tensor function"]))
     torch.save(resnet18_weights(1), "source.pth")
     main, argv = {
         "--init": (main_pretrain.main, tiny("--init", path)),
@@ -325,7 +325,7 @@ def test_commands_refuse_code_in_one_line(
         "viz_slots": (viz_slots.main, ["--model-path", path]),
     }[command]
     assert path in run_expecting_usage_error(main, argv, capsys)
-    assert not sprung()
+    assert not code_ran()
 
 
 def test_no_other_module_unpickles() -> None:

@@ -165,7 +165,7 @@ def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
             load_strict(module, part, f"--init {path}: {name}")
             taken.append(name)
     if "encoder_q" not in taken:
-        raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k. and bare ResNet names)")
+        raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k., bare ResNets and ViTs)")
     buffers = dict(method.named_buffers(recurse=False))
     for name in buffers.keys() & weights.keys():
         if buffers[name].shape == weights[name].shape and "grouping_k" in taken:
@@ -201,12 +201,12 @@ def load_strict(module: nn.Module, weights: Mapping[str, Any], where: str) -> No
     expected = module.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
-            raise UsageError(f"{where}: {name} is missing; is it of the same --arch and --method?")
+            raise UsageError(f"{where}: {name} is missing; use the same --arch and --method")
         if name not in expected:
-            raise UsageError(f"{where}: {name} has no place in this model; is it of the same --arch and --method?")
+            raise UsageError(f"{where}: {name} has no place in this model; use the same --arch and --method")
         if not isinstance(weights[name], Tensor):
-            raise UsageError(f"{where}: {name} is no tensor; is it a checkpoint?")
+            raise UsageError(f"{where}: {name} is not a tensor; is it a checkpoint?")
         if weights[name].shape != expected[name].shape:
             shape, required = tuple(weights[name].shape), tuple(expected[name].shape)
-            raise UsageError(f"{where}: {name} is {shape} there and {required} here; pass the --arch and sizes it has")
+            raise UsageError(f"{where}: {name} is {shape} and should be {required}; pass its --arch and sizes")
     module.load_state_dict(weights, strict=True)
