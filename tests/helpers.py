@@ -1,5 +1,6 @@
 """What several test modules share: a refused command, a run's flags, a batch, and two ranks."""
 
+import argparse
 import json
 import multiprocessing
 import tempfile
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
+from models import build_method
 from utils import distributed
 from utils.batch import Batch, ViewRecord
 
@@ -40,6 +43,12 @@ class SmallEncoder(nn.Sequential):
 
     def __init__(self, *_options: object) -> None:
         super().__init__(nn.Conv2d(3, self.width, 8, 8), nn.BatchNorm2d(self.width), nn.ReLU())
+
+
+def build_small_method(args: argparse.Namespace) -> Any:
+    """Build a method with `SmallEncoder`, also in other processes, where fixtures have no effect."""
+    with patch("models.slotcon.build_encoder", SmallEncoder):
+        return build_method(args)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

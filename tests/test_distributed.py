@@ -1,207 +1,238 @@
-"""Two gloo processes compute what one process computes with all their images."""
+"""Two gloo processes compute what one process computes with all their images; one bad rank does not stop the others."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from models import build_method
+import main_pretrain
 from models.grouping import occupied, prototype_scores
-from models.heads import MLP
+from models.heads import SlotPredictor
 from models.norm import convert_sync_batchnorm
+from tests.helpers import TINY, build_small_method, make_batch, run_on_two_ranks, shard
 from utils import distributed
 from utils.batch import Batch
+from utils.errors import UsageError
 from utils.finite import FiniteGuard
+from utils.meter import Meter
 
 Result = dict[str, Any]
-IMAGES = 6
+CPU = torch.device("cpu")
+MASKS = {"many": range(0, 16, 3), "one": [9], "one_each": [2, 9], "none": []}
 
 
-def _on_rank(rank: int, world: int, folder: Path, function: Callable[..., Result], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save(function(*args), folder / f"{rank}.pth")
-    torch.distributed.destroy_process_group()
+def parse(*flags: str) -> argparse.Namespace:
+    return main_pretrain.parse_args([*TINY, *flags])
 
 
-def on_two_ranks(folder: Path, function: Callable[..., Result], *args: Any) -> list[Result]:
-    mp.spawn(_on_rank, (2, folder, function, args), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+def make_double_batch() -> Batch:
+    batch = make_batch(6)
+    batch.views = [view.double() for view in batch.views]
+    return shard(batch)
 
 
-def make_batch() -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    crops = torch.tensor([[[0, 0, 60, 60], [20, 10, 90, 80]]], dtype=torch.float32).repeat(IMAGES, 1, 1)
-    views = [torch.randn(IMAGES, 3, 64, 64, generator=generator) for _ in range(2)]
-    flips = torch.rand(IMAGES, 2, generator=generator) < 0.5
-    return Batch(views, crops, flips, torch.zeros(IMAGES, 2, dtype=torch.int64), torch.arange(IMAGES))
+class NoPredictor(nn.Module):
+    """In the place of the slot predictor, so that ranks meet in the collectives of the loss alone."""
+
+    def forward(self, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return rows, mask
 
 
-def share(batch: Batch) -> Batch:
-    """This rank's half of the images, or all of them with one process."""
-    if distributed.world_size() == 1:
-        return batch
-    mine = slice(0, IMAGES // 2) if distributed.rank() == 0 else slice(IMAGES // 2, None)
-    return batch._with(lambda tensor: tensor[mine])
-
-
-def contrast(args: argparse.Namespace) -> Result:
-    """Slot contrast alone, its gradients, the center, and how many queries each direction had.
-
-    With identity for a predictor and batch norm by running statistics, ranks meet in the collectives only.
-    """
-    args.group_loss_weight = 0.0
-    torch.manual_seed(0)
-    method = build_method(args).eval()
-    method.predictor_slot = nn.Identity()
-    for name, parameter in method.named_parameters():
-        if "_k." in name:  # a teacher of its own: or else the arg-max of both views would agree nearly everywhere
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-    batch = share(make_batch())
-    out = method(batch)
-    out["loss"].backward()
-    with torch.no_grad():
-        student = [occupied(method.grouping_q(method.projector_q(method.encoder_q(x))).scores) for x in batch.views]
-        teacher = [occupied(method.grouping_k(method.projector_k(method.encoder_k(x))).scores) for x in batch.views]
-    queries = [int((student[0] & teacher[1]).sum()), int((student[1] & teacher[0]).sum())]
-    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-    return {"loss": out["loss"].detach(), "queries": queries, "gradients": gradients, "center": method.center}
-
-
-def one_direction(args: argparse.Namespace) -> Result:
-    """The same with one direction only, whose mean over ranks has one weight a rank."""
-    args.group_loss_weight = 0.0
+def contrast_slots() -> Result:
+    """Compute the slot contrast of one direction, its number of queries, and the center after a forward."""
     torch.manual_seed(3)
-    method = build_method(args).eval()
-    method.predictor_slot = nn.Identity()
-    batch = share(make_batch())
+    method = build_small_method(parse("--group-loss-weight", "0", "--num-prototypes", "40")).double().eval()
+    method.predictor_slot = NoPredictor()
+    for name, parameter in method.named_parameters():
+        if "_k." in name:  # otherwise nearly all slots are occupied in both views
+            parameter.data.add_(0.3 * parameter.std(correction=0) * torch.randn_like(parameter))
+    batch = make_double_batch()
     student = method.grouping_q(method.projector_q(method.encoder_q(batch.views[0])))
     with torch.no_grad():
         teacher = method.grouping_k(method.projector_k(method.encoder_k(batch.views[1])))
-    loss = method._contrast(student, teacher)  # type: ignore[operator]
+    loss = method._contrast(student, teacher)
     loss.backward()
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-    queries = int((occupied(student.scores) & occupied(teacher.scores)).sum())
-    return {"loss": loss.detach(), "queries": queries, "gradients": gradients}
+    queries = (occupied(student.scores) & occupied(teacher.scores)).sum()
+    method(batch)
+    return {"loss": loss.detach(), "queries": int(queries), "gradients": gradients, "center": method.center}
 
 
-def test_the_slot_contrast_over_ranks_is_that_of_all_images(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    first, second = on_two_ranks(tmp_path, one_direction, tiny_args)
-    whole = one_direction(tiny_args)
-    assert first["queries"] + second["queries"] == whole["queries"]
-    assert first["queries"] != second["queries"]
-    weights = [rank["queries"] / whole["queries"] for rank in (first, second)]
-    mean = weights[0] * first["loss"] + weights[1] * second["loss"]
-    torch.testing.assert_close(mean, whole["loss"], rtol=1e-5, atol=0)
-    for name, expected in whole["gradients"].items():
-        mean = weights[0] * first["gradients"][name] + weights[1] * second["gradients"][name]
-        torch.testing.assert_close(mean, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()), msg=name)
+def predict_masked_rows() -> Result:
+    """Run the slot predictor on rows with each of `MASKS`, batch norm synchronized."""
+    results = {}
+    for name, valid in MASKS.items():
+        torch.manual_seed(0)
+        predictor = SlotPredictor(5, 7, 5).double()
+        rows, mask = torch.randn(16, 5, dtype=torch.float64), torch.zeros(16, dtype=torch.bool)
+        mask[list(valid)] = True
+        if distributed.world_size() > 1:
+            convert_sync_batchnorm(predictor)
+            rows, mask = (tensor.chunk(2)[distributed.rank()] for tensor in (rows, mask))
+        output, valid_rows = predictor(rows, mask)
+        output = torch.where(valid_rows[:, None], output, 0)
+        (output**3).sum().backward()
+        gradients = {name: p.grad for name, p in predictor.named_parameters()}
+        buffers = dict(predictor.named_buffers())
+        results[name] = {"output": output.detach(), "gradients": gradients, "buffers": buffers}
+    return results
 
 
-def test_the_center_is_the_same_on_all_ranks_and_that_of_all_images(
-    tiny_args: argparse.Namespace, tmp_path: Path
-) -> None:
-    first, second = on_two_ranks(tmp_path, contrast, tiny_args)
-    whole = contrast(tiny_args)
-    assert torch.equal(first["center"], second["center"])
-    assert whole["center"].abs().max() > 1e-4
-    torch.testing.assert_close(first["center"], whole["center"], rtol=1e-5, atol=1e-8)
-    assert [a + b for a, b in zip(first["queries"], second["queries"])] == whole["queries"]
-
-
-def rows_through_a_predictor(rows: Tensor) -> Result:
-    torch.manual_seed(0)
-    predictor = MLP(5, 7, 5, maps=False)
-    if distributed.world_size() > 1:
-        convert_sync_batchnorm(predictor)
-        rows = rows[:8] if distributed.rank() == 0 else rows[8:]
-    out = predictor(rows)
-    (out**3).sum().backward()
-    gradients = {name: p.grad for name, p in predictor.named_parameters()}
-    return {"out": out.detach(), "gradients": gradients, "buffers": dict(predictor.named_buffers())}
-
-
-@pytest.mark.parametrize("real", [range(0, 16, 3), [9], [2, 9], []])
-def test_a_synchronized_predictor_has_the_statistics_of_all_ranks_queries(real: Any, tmp_path: Path) -> None:
-    rows = torch.zeros(16, 5)
-    rows[list(real)] = torch.randn(len(list(real)), 5, generator=torch.Generator().manual_seed(1))
-    first, second = on_two_ranks(tmp_path, rows_through_a_predictor, rows)
-    whole = rows_through_a_predictor(rows)
-    torch.testing.assert_close(torch.cat([first["out"], second["out"]]), whole["out"])
-    for name, expected in whole["gradients"].items():
-        torch.testing.assert_close(first["gradients"][name] + second["gradients"][name], expected, msg=name)
-    for name, expected in whole["buffers"].items():
-        torch.testing.assert_close(first["buffers"][name], expected, msg=name)
-        torch.testing.assert_close(second["buffers"][name], expected, msg=name)
-
-
-def guard_a_step() -> Result:
+def guard_and_report() -> Result:
+    """Take a step with a loss that is NaN on rank 1, then a good one, and report both."""
     norm = nn.BatchNorm1d(2)
-    guard = FiniteGuard(norm, torch.device("cpu"))
-    guard.open_step()
-    loss = norm(torch.randn(4, 2)).sum()
-    guard.watch(loss * float("nan") if distributed.rank() == 1 else loss)
-    go, bad = guard.close_step(None)
-    return {"go": go, "bad": bad, "mean": norm.running_mean}
+    guard, meter = FiniteGuard(norm, CPU), Meter(CPU, num_images=1000)
+    means = []
+    for step in range(2):
+        batch = shard(make_batch(6, seed=step))
+        batch.unreadable = ("b.jpg",) if distributed.rank() == 1 else ()
+        meter.record_batch(batch)
+        guard.begin_step()
+        loss = norm(torch.ones(4, 2)).sum() + 1.0 + 2 * distributed.rank()
+        loss = loss * float("nan") if (distributed.rank(), step) == (1, 0) else loss
+        guard.check_loss(loss)
+        step_ok, bad_ranks = guard.end_step(None)
+        meter.record_step([{"loss": loss}], torch.tensor(0.5), step_ok, bad_ranks)
+        means.append(norm.running_mean.clone())
+    metrics, messages = meter.read(2)
+    return {"means": means, "metrics": metrics, "messages": messages}
 
 
-def test_one_ranks_bad_loss_holds_all_ranks_back(tmp_path: Path) -> None:
-    for result in on_two_ranks(tmp_path, guard_a_step):
-        assert result["go"] == 0
-        assert result["bad"].tolist() == [0, 1]
-        assert result["mean"].tolist() == [0, 0]
-
-
-def step_with_lonely_queries(args: argparse.Namespace) -> Result:
-    """One DDP step in which rank 0's slots never meet their positives."""
-    torch.manual_seed(0)
-    method = build_method(args)
-    model = distributed.wrap_ddp(method, torch.device("cpu"))
-    batch = share(make_batch())
-    if distributed.rank() == 0:
-        with torch.no_grad():  # rank 0's student sees only prototype 0, its teacher only prototype 1
-            method.grouping_q.scores = lambda z: _only(0, method.grouping_q, z)  # type: ignore[union-attr]
-            method.grouping_k.scores = lambda z: _only(1, method.grouping_k, z)  # type: ignore[union-attr]
-    out = model(batch)
-    out["loss"].backward()
-    gradients = [p.grad for p in method.parameters() if p.requires_grad]
-    finite = all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
-    return {
-        "contrast": out.get("loss_contrast", torch.tensor(0.0)),
-        "finite": finite,
-        "sum": sum(g.sum() for g in gradients),
-    }
-
-
-def _only(prototype: int, grouping: Any, features: Tensor) -> Tensor:
+def score_only(prototype: int, grouping: Any, features: Tensor) -> Tensor:
     scores = prototype_scores(features, grouping.slot_embed.weight)
-    lift = torch.zeros(scores.shape[1])
-    lift[prototype] = 9
-    return scores + lift[:, None, None]
+    bonus = torch.zeros(scores.shape[1])
+    bonus[prototype] = 9
+    return scores + bonus[:, None, None]
 
 
-def test_a_rank_without_queries_has_no_contrast_and_goes_on(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    first, second = on_two_ranks(tmp_path, step_with_lonely_queries, tiny_args)
+def step_without_queries_on_rank_0() -> Result:
+    """Take a DDP step in which the student of rank 0 sees only prototype 0 and its teacher only prototype 1."""
+    torch.manual_seed(0)
+    method = build_small_method(parse())
+    model = distributed.wrap_ddp(method, CPU)
+    if distributed.rank() == 0:
+        method.grouping_q.scores = lambda features: score_only(0, method.grouping_q, features)
+        method.grouping_k.scores = lambda features: score_only(1, method.grouping_k, features)
+    output = model(shard(make_batch(6)))
+    output["loss"].backward()
+    gradients = torch.cat([p.grad.flatten() for p in method.parameters() if p.requires_grad])
+    return {"contrast": output["loss/contrast"], "gradients": gradients}
+
+
+def step_without_contrast() -> Result:
+    method = build_small_method(parse("--group-loss-weight", "1"))
+    distributed.wrap_ddp(method, CPU)(shard(make_batch(6)))["loss"].backward()
+    return {"without_gradient": [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]}
+
+
+def check_flags() -> Result:
+    with pytest.raises(UsageError, match="--data-dir: not the same"):
+        distributed.check_same_on_all_ranks("--data-dir", distributed.rank())
+    distributed.check_same_on_all_ranks("--data-dir", 5)
+    return {}
+
+
+FUNCTIONS = (
+    contrast_slots,
+    predict_masked_rows,
+    guard_and_report,
+    step_without_queries_on_rank_0,
+    step_without_contrast,
+    check_flags,
+)
+
+
+def run_all() -> Result:
+    return {function.__name__: function() for function in FUNCTIONS}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[Result]:
+    """The results of all functions, which share the start of two processes."""
+    return run_on_two_ranks(run_all)
+
+
+# Sums of some 1e3 float64 products.
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def test_slot_contrast_over_ranks_equals_that_of_all_images(ranks: list[Result]) -> None:
+    first, second = (rank["contrast_slots"] for rank in ranks)
+    expected = contrast_slots()
+    assert first["queries"] + second["queries"] == expected["queries"]
+    assert first["queries"] != second["queries"]
+    shares = [rank["queries"] / expected["queries"] for rank in (first, second)]
+    torch.testing.assert_close(shares[0] * first["loss"] + shares[1] * second["loss"], expected["loss"], **CLOSE)
+    for name, gradient in expected["gradients"].items():
+        mean = shares[0] * first["gradients"][name] + shares[1] * second["gradients"][name]
+        torch.testing.assert_close(mean, gradient, **CLOSE, msg=name)
+
+
+def test_center_is_the_same_on_all_ranks_and_that_of_all_images(ranks: list[Result]) -> None:
+    first, second = (rank["contrast_slots"]["center"] for rank in ranks)
+    assert torch.equal(first, second)
+    assert first.abs().max() > 1e-4
+    torch.testing.assert_close(first, contrast_slots()["center"], **CLOSE)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_synchronized_predictor_uses_the_queries_of_all_ranks(mask: str, ranks: list[Result]) -> None:
+    first, second = (rank["predict_masked_rows"][mask] for rank in ranks)
+    expected = predict_masked_rows()[mask]
+    torch.testing.assert_close(torch.cat([first["output"], second["output"]]), expected["output"], **CLOSE)
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(first["gradients"][name] + second["gradients"][name], gradient, **CLOSE, msg=name)
+    for rank in (first, second):
+        torch.testing.assert_close(rank["buffers"], expected["buffers"], **CLOSE)
+
+
+def test_a_bad_loss_on_one_rank_skips_the_step_on_all_and_is_reported(ranks: list[Result]) -> None:
+    for rank in ranks:
+        result = rank["guard_and_report"]
+        assert result["means"][0].tolist() == [0, 0]
+        assert result["means"][1].tolist() == pytest.approx([0.1, 0.1])
+        assert result["metrics"]["loss"] == pytest.approx(2.0)  # the mean of 1 and 3 in the good step
+        assert result["metrics"]["optim/skipped_steps"] == 1
+        assert result["metrics"]["data/unreadable_images"] == 1
+        assert result["messages"][0] == "step 0: the loss on rank 1 was not finite; step skipped"
+        assert result["messages"][1:] == ["unreadable, replaced by another image: b.jpg"]
+
+
+def test_a_rank_without_queries_has_no_contrast_and_takes_part(ranks: list[Result]) -> None:
+    first, second = (rank["step_without_queries_on_rank_0"] for rank in ranks)
     assert first["contrast"] == 0
     assert second["contrast"] > 0
-    assert first["finite"]
-    assert torch.equal(first["sum"], second["sum"])
+    assert first["gradients"].isfinite().all()
+    assert torch.equal(first["gradients"], second["gradients"])
 
 
-def trained_parameters(args: argparse.Namespace) -> Result:
-    """A DDP step with the slot contrast switched off."""
-    args.group_loss_weight = 1.0
-    method = build_method(args)
-    out = distributed.wrap_ddp(method, torch.device("cpu"))(share(make_batch()))
-    out["loss"].backward()
-    return {"without": [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]}
+def test_a_loss_that_is_off_leaves_no_parameter_without_gradient(ranks: list[Result]) -> None:
+    for rank in ranks:
+        assert rank["step_without_contrast"]["without_gradient"] == []
 
 
-def test_a_term_that_is_off_leaves_no_parameter_without_gradient(tiny_args: argparse.Namespace, tmp_path: Path) -> None:
-    for result in on_two_ranks(tmp_path, trained_parameters, tiny_args):
-        assert result["without"] == []
+def test_a_global_batch_is_split_over_the_ranks(tmp_path: Path) -> None:
+    """Every rank takes its share of the same permutation, from any step on."""
+    from data.loader import EpochSampler
+    from utils.config import make_plan
+
+    args = parse("--batch-size", "4", "--accum-steps", "2", "--epochs", "3")
+    plan = make_plan(args, num_images=18, world_size=2)
+    whole = list(EpochSampler(plan, 0, seed=5))
+    assert len(whole) == 3 * 4
+    epochs = [[number for batch in whole[4 * epoch :][:4] for number in batch] for epoch in range(3)]
+    for epoch, numbers in enumerate(epochs):
+        assert len(set(numbers)) == 16
+        assert all(18 * epoch <= number < 18 * (epoch + 1) for number in numbers)
+    assert [number - 18 for number in epochs[1]] != epochs[0]
+    assert list(EpochSampler(plan, 3, seed=5)) == whole[6:]
+    assert list(EpochSampler(plan, 0, seed=6)) != whole
+    shares = []
+    for rank in range(2):
+        with patch("utils.distributed.rank", lambda: rank), patch("utils.distributed.world_size", lambda: 2):  # noqa: B023
+            shares.append(list(EpochSampler(plan, 0, seed=5)))
+    assert [a + b for a, b in zip(*shares)] == whole
