@@ -49,8 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the model."""
     group.add_argument("--model-path", type=Path, required=True, metavar="CKPT", help="checkpoint, ours or released")
-    group.add_argument("--encoder", choices=("teacher", "student"), help="half of the model; default teacher")
-    group.add_argument("--arch", choices=ARCHITECTURES, help="encoder architecture")
+    group.add_argument("--encoder", choices=("teacher", "student"), help="which weights to use; default teacher")
+    group.add_argument("--arch", choices=ARCHITECTURES, metavar="ARCH", help="encoder architecture, such as resnet50")
     group.add_argument("--dim-hidden", type=at_least(1), help="width of the projector's hidden layers")
     group.add_argument("--dim-out", type=at_least(1), help="width D of projections and prototypes")
     group.add_argument("--num-prototypes", type=at_least(1), help="number K of prototypes")

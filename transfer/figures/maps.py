@@ -22,7 +22,7 @@ from transfer.figures.regions import (
 )
 from utils.visualization import palette
 
-_SIDE, _TEXT_HEIGHT, _GAP = 1.7, 0.25, 0.06
+_SIDE, _TEXT_HEIGHT, _GAP = 1.7, 0.22, 0.06
 """Inches: the side of an image, the height of its caption, and the space between images."""
 _OPACITY = 0.6
 _MIN_LABELED_AREA = 0.012
@@ -87,22 +87,23 @@ def assign_colors(assignments: Sequence[Tensor], prototypes: Sequence[int] | Non
 
 
 def _draw_map(panel: Axes, slot_map: SlotMap, colors: Mapping[int, Tensor]) -> None:
-    """Draw the image above its map, and the caption below."""
+    """Draw the image above its map, with the caption below and the numbers of the prototypes in their regions."""
     side = slot_map.assignment.shape[0]
     gap = torch.full((round(side * _GAP / _SIDE), side, 3), 255, dtype=torch.uint8)
     column = torch.cat([to_uint8(slot_map.image), gap, to_uint8(color_map(slot_map, colors))])
     panel.imshow(column.numpy(), interpolation="antialiased")
-    panel.text(
-        0, len(column) + 0.02 * side, slot_map.caption, fontsize=7, color=MUTED_COLOR, va="top", parse_math=False
-    )
-    outline = patheffects.withStroke(linewidth=1.5, foreground="black")
+    # The layout ignores the texts, which would widen the columns; the axes leave room for the caption.
+    panel.set_ylim(len(column) + side * _TEXT_HEIGHT / _SIDE, -0.5)
+    style: dict[str, Any] = {"fontsize": 6.5, "in_layout": False}
+    caption_y = len(column) + 0.02 * side
+    panel.text(0, caption_y, slot_map.caption, va="top", color=MUTED_COLOR, parse_math=False, **style)
+    style |= {"weight": "bold", "color": "white", "ha": "center", "va": "center"}
+    style["path_effects"] = [patheffects.withStroke(linewidth=1.5, foreground="black")]
     for prototype in set(slot_map.assignment.unique().tolist()) & colors.keys():
         region = slot_map.assignment == prototype
-        if region.float().mean() < _MIN_LABELED_AREA:
-            continue
-        row, x = label_position(region)
-        style: dict[str, Any] = {"fontsize": 6.5, "color": "white", "weight": "bold", "ha": "center", "va": "center"}
-        panel.text(x, row + side + len(gap), str(prototype), path_effects=[outline], **style)
+        if region.float().mean() >= _MIN_LABELED_AREA:
+            row, x = label_position(region)
+            panel.text(x, row + side + len(gap), str(prototype), **style)
 
 
 def color_map(slot_map: SlotMap, colors: Mapping[int, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -11,10 +12,12 @@ from transfer.figures.layout import MUTED_COLOR, TEXT_COLOR, grid_shape, new_fig
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.strips import render_strips
 
-_SIDE, _TEXT_HEIGHT = 1.3, 0.42
+_SIDE, _TEXT_HEIGHT = 1.3, 0.4
 """Inches: the side of an image, and the height of the text above and below it."""
 _GAP = 0.04
 """Space between two images, as a share of an image."""
+_EMPTY = torch.full((1, 1, 3), 238, dtype=torch.uint8)
+"""A light gray square in place of the images of an unused prototype."""
 
 
 def draw_neighbors(
@@ -30,7 +33,7 @@ def draw_neighbors(
     length = max(2, *map(len, rankings.values()))  # the usage above the images is wider than one image
     rows, columns = grid_shape(len(prototypes), length * _SIDE, _SIDE + _TEXT_HEIGHT)
     size = columns * length * _SIDE * (1 + _GAP), rows * (_SIDE + _TEXT_HEIGHT) + 0.6
-    figure = new_figure(size, dpi, "Nearest images of prototypes, with the region of the prototype in color", details)
+    figure = new_figure(size, dpi, "Nearest images of prototypes", details)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
 
     target_side = round(_SIDE * dpi)
@@ -41,8 +44,7 @@ def draw_neighbors(
     for panel, prototype in zip(panels, prototypes):
         title = f"prototype {prototype} · {format_usage(stats, prototype)}"
         panel.set_title(title, loc="left", fontsize=7.5, color=TEXT_COLOR, pad=3)
-        if prototype in strips:
-            _draw_strip(panel, strips[prototype], [score for _, score in rankings[prototype]])
+        _draw_strip(panel, strips.get(prototype, _EMPTY), [score for _, score in rankings[prototype]])
     return figure
 
 
@@ -56,9 +58,9 @@ def _draw_strip(panel: Axes, strip: Tensor, scores: Sequence[float]) -> None:
 
 
 def format_usage(stats: PrototypeStats, prototype: int) -> str:
-    """Return a text such as `12 % of images, 3.4 % of the area`."""
+    """Return a text such as `12% of images, 3.4% of the area`."""
     count = int(stats.image_counts[prototype])
     if not count:
         return "not used by any image"
     share, area = 100 * count / stats.num_images, 100 * float(stats.area[prototype]) / stats.num_images
-    return f"{share:.2g} % of images, {area:.2g} % of the area".replace("1e+02", "100")
+    return f"{share:.2g}% of images, {area:.2g}% of the area".replace("1e+02", "100")
