@@ -44,7 +44,6 @@ def test_table_shows_medians_with_quartiles_and_omits_empty_columns() -> None:
 
 
 def test_reference_and_profile_and_metadata_are_written(tmp_path: Path) -> None:
-    """The table as Markdown and as JSON, beside the profile's table and trace."""
     path, folder = tmp_path / "table.md", tmp_path / "profile"
     (row,) = run_benchmark(tmp_path, "step", "--reference", "--profile", str(folder), "--out", str(path), *SHORT)
     assert row["images/s"]["median"] * row["ms a step"]["median"] == pytest.approx(1000 * row["batch"])
@@ -78,7 +77,7 @@ def test_baseline_is_eager_and_contiguous_and_the_run_itself_channels_last() -> 
 
 
 def compile_with(backend: Any) -> Callable[..., Any]:
-    """Return a `torch.compile` by `backend`; what `resolve_compile` tries is always compiled as it is."""
+    """Return a `torch.compile` that uses `backend`, except for the function that `resolve_compile` compiles as a check."""
     compile_function = torch.compile
 
     def compile(function: Any, **options: Any) -> Any:
