@@ -77,7 +77,7 @@ def test_baseline_is_eager_and_contiguous_and_the_run_itself_channels_last() -> 
 
 
 def compile_with(backend: Any) -> Callable[..., Any]:
-    """Return a `torch.compile` that uses `backend`, except for the function that `resolve_compile` compiles as a check."""
+    """Return a `torch.compile` that uses `backend`, except for the check in `resolve_compile`."""
     compile_function = torch.compile
 
     def compile(function: Any, **options: Any) -> Any:
