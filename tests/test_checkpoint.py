@@ -59,7 +59,9 @@ def test_batch_counters_missing_before_torch_0_4_are_added() -> None:
     assert_equal(checkpoint.find_encoder(add_prefix("encoder_k.", old))[1], old | counter)
 
 
-@pytest.mark.parametrize("state", [{"epoch": 3}, {}, {0: torch.ones(2)}, {"model": {"text": "a"}}])
+@pytest.mark.parametrize(
+    "state", [{"epoch": 3}, {}, {0: torch.ones(2)}, {"model": {"text": "a"}}, {"a\nb": torch.ones(2)}]
+)
 def test_state_without_weights_is_refused(state: dict[Any, Any]) -> None:
     with pytest.raises(UsageError, match=r"file\.pth: no weights"):
         checkpoint.extract_weights(state, "file.pth")

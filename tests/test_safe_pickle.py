@@ -221,6 +221,14 @@ def test_arrays_of_anything_but_numbers_are_refused(misuse: str) -> None:
         load_arrays(Path("in.pkl"), "IN")
 
 
+@pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\x7f", b"\x96" + (2**36).to_bytes(8, "little")])
+def test_no_memory_is_reserved_for_what_a_file_does_not_have(opcode: bytes) -> None:
+    """An entry of the memo, and a bytearray, of more gigabytes than the machine may have."""
+    as_pickle(Path("in.pkl"), pickle_of(value(1) + opcode))
+    with pytest.raises(UsageError, match=r"IN in\.pkl"):
+        load_arrays(Path("in.pkl"), "IN")
+
+
 def test_attributes_of_parameters_are_dropped() -> None:
     parameter = torch.nn.Parameter(torch.arange(3.0))
     parameter.clone = 5  # type: ignore[assignment,method-assign]

@@ -158,7 +158,8 @@ def read_provenance(state: Mapping[str, Any]) -> dict[str, Any]:
     provenance = dict(provenance)
     if "colour_order" in provenance:  # the key's name in files that were converted before it became American
         provenance["color_order"] = provenance.pop("colour_order")
-    valid = all(isinstance(provenance.get(name), str) for name in _REQUIRED_PROVENANCE)
+    texts = [provenance.get(name) for name in _REQUIRED_PROVENANCE]
+    valid = all(isinstance(text, str) and text.isprintable() for text in texts)
     valid &= provenance.get("color_order", "RGB") in ("RGB", "BGR")
     valid &= all(_is_level_per_channel(provenance.get(name, MEAN)) for name in ("mean", "std"))
     return provenance if valid else {}

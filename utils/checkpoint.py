@@ -91,8 +91,11 @@ def extract_weights(state: Mapping[str, Any], where: str) -> Weights:
     for container in ("model", "state_dict"):
         if isinstance(state.get(container), Mapping):
             state = state[container]
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    weights = {name.removeprefix("module."): value for name, value in tensors.items()}
+    weights = {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(name, str) and name.isprintable()
+    }
     if not weights:
         raise UsageError(f"{where}: no weights in it")
     return weights

@@ -7,12 +7,13 @@ prepared dtype makes NumPy follow addresses that the file contains), so stand-in
 """
 
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
         raise UsageError(f"{flag} {path}: no such file")
     try:
         with path.open("rb") as file:
+            _check_sizes(file)
             state = _to_plain(_ArrayUnpickler(file, encoding="latin1").load(), {})
     except _RefusedError as error:
         raise UsageError(f"{flag} {path}: refused, it holds more than arrays and numbers ({error})") from None
@@ -54,6 +56,14 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not weights")
     return state
+
+
+def _check_sizes(file: BinaryIO) -> None:
+    """Check that no opcode announces more data or entries than the file has, for which memory would be reserved."""
+    for opcode, argument, position in pickletools.genops(file):
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > (position or 0):
+            raise _RefusedError(f"entry {argument} at byte {position}")
+    file.seek(0)
 
 
 class _RefusedError(pickle.UnpicklingError):
@@ -224,7 +234,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         try:
             return _Function(_ARRAY_GLOBALS[f"{module}.{name}"])
         except KeyError:
-            raise _RefusedError(f"{module}.{name}") from None
+            raise _RefusedError(repr(f"{module}.{name}")) from None
 
     def persistent_load(self, _: Any) -> Any:
         raise _RefusedError("a persistent id")
