@@ -355,9 +355,10 @@ def encoder(resnet50: torchvision_models.ResNet, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("detectron2")
+    root = tmp_path_factory.mktemp("datasets")
+    os.environ["DETECTRON2_DATASETS"] = str(root)  # not undone: detectron2 reads it once, on import
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-    root = tmp_path_factory.mktemp("datasets")
     make_coco(root / "coco", COCO_CATEGORIES)
     make_cityscapes(root / "cityscapes")
     return root
@@ -365,7 +366,6 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported_trainer(datasets: Path) -> ModuleType:
-    os.environ["DETECTRON2_DATASETS"] = str(datasets)  # not undone: detectron2 reads it once, on import
     return train_net.import_trainer()
 
 
