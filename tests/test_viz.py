@@ -21,6 +21,7 @@ import viz_slots
 from data.views import center_view
 from models import build_method
 from tests.helpers import TINY, run_expecting_usage_error
+from tests.reference import grouping
 from transfer.figures.export import encode_mask
 from transfer.figures.extractor import CenterCrops, ExtractedBatch, FeatureExtractor
 from transfer.figures.layout import FORMATS, new_figure, save_figure
@@ -147,7 +148,7 @@ def test_nearest_images_equal_those_from_sorting_all_scores(batch_size: int, shu
     assert expected[4] == []
 
 
-def test_prototype_stats_equal_a_reference_with_loops() -> None:
+def test_prototype_stats_equal_the_reference() -> None:
     rng = np.random.default_rng(3)
     projections, prototypes = torch.from_numpy(rng.standard_normal((9, 5, 3, 4))), torch.from_numpy(rng.random((6, 5)))
     scores = torch.einsum("kd,bdhw->bkhw", F.normalize(prototypes, dim=1), F.normalize(projections, dim=1))
@@ -156,28 +157,19 @@ def test_prototype_stats_equal_a_reference_with_loops() -> None:
     for part in (slice(0, 2), slice(2, 9)):
         stats.update(ExtractedBatch(*(tensor[part] for tensor in batch)))
 
-    z, s, p = projections.numpy(), scores.numpy(), prototypes.numpy()
-    counts, area, histogram = [0] * 6, np.zeros(6), [0] * 7
-    similarity = np.full((9, 6), -np.inf)
-    for image in range(9):
-        weights, totals, used = np.zeros(6), np.zeros((6, 5)), set()
-        for row, column in np.ndindex(3, 4):
-            position = s[image, :, row, column]
-            used.add(int(position.argmax()))
-            area[position.argmax()] += 1 / 12
-            attention = np.exp(position / 0.05) / np.exp(position / 0.05).sum() + 1e-6
-            weights += attention
-            totals += attention[:, None] * z[image, :, row, column]
-        for k in used:
-            counts[k] += 1
-            slot = totals[k] / weights[k]
-            similarity[image, k] = slot @ p[k] / np.linalg.norm(slot) / np.linalg.norm(p[k])
-        histogram[len(used)] += 1
+    used = grouping.occupied(scores.numpy())
+    slots = grouping.slots(projections.numpy(), scores.numpy(), 0.05)
+    similarity = np.array(
+        [[grouping.unit(z) @ grouping.unit(p) for z, p in zip(row, prototypes.numpy())] for row in slots]
+    )
+    similarity[~used] = -np.inf
+    assignment = scores.numpy().argmax(axis=1)
     assert stats.num_images == 9
-    assert stats.image_counts.tolist() == counts
-    assert stats.slots_histogram.tolist() == histogram
-    assert stats.slots_per_image == pytest.approx(sum(counts) / 9)
-    assert stats.used == [k for k in range(6) if counts[k]]
+    assert stats.image_counts.tolist() == used.sum(axis=0).tolist()
+    assert stats.slots_histogram.tolist() == [int((used.sum(axis=1) == number).sum()) for number in range(7)]
+    assert stats.slots_per_image == pytest.approx(used.sum() / 9)
+    assert stats.used == used.any(axis=0).nonzero()[0].tolist()
+    area = [(assignment == k).sum() / 12 for k in range(6)]
     np.testing.assert_allclose(stats.area.numpy(), area, rtol=1e-6)  # the shares are float32
     stats.area = torch.tensor([3.0, 3, 0, 3])
     assert stats.perplexity == pytest.approx(3)
@@ -238,11 +230,11 @@ def extractor(checkpoints: Path, images: Path) -> FeatureExtractor:
     return FeatureExtractor(load_slots(path), crops, torch.device("cpu"), 16, 0)
 
 
-def test_strips_show_the_region_in_each_nearest_image(extractor: FeatureExtractor, images: Path) -> None:
+def test_strips_show_the_region_in_each_nearest_image(extractor: FeatureExtractor) -> None:
     rankings = {2: [(4, 0.9), (0, 0.8)], 1: [(4, 0.9)], 6: []}
     strips = dict(render_strips(extractor, rankings, target_side=33, alpha=1, gap=2))
     assert strips.keys() == {1, 2}
-    _, scores = extractor.model(normalize(read_crops(images) / 255))
+    scores = dict(zip((0, 4), next(extractor.extract([0, 4], "extracting")).scores))
     for prototype, strip in strips.items():
         assert strip.shape == (33, 35 * len(rankings[prototype]), 3)
         for rank, (index, _) in enumerate(rankings[prototype]):
@@ -331,9 +323,9 @@ def test_exported_files_equal_the_outputs_of_the_model(checkpoint: Path, images:
 
 def test_export_does_not_depend_on_batch_size_and_workers(checkpoint: Path, tmp_path: Path) -> None:
     whole, parts, workers = tmp_path / "whole", tmp_path / "parts", tmp_path / "workers"
-    export(checkpoint, whole)
-    export(checkpoint, parts, "--batch-size", "5")
-    export(checkpoint, workers, "--batch-size", "5", "--num-workers", "2")
+    export(checkpoint, whole, "--max-images", "8")
+    export(checkpoint, parts, "--max-images", "8", "--batch-size", "3")
+    export(checkpoint, workers, "--max-images", "8", "--batch-size", "3", "--num-workers", "2")
     np.testing.assert_allclose(read_scores(parts), read_scores(whole), atol=1e-3)  # one unit of float16 below 1
     for path in (path.relative_to(parts) for path in parts.rglob("*.*")):
         assert (workers / path).read_bytes() == (parts / path).read_bytes()
