@@ -20,6 +20,8 @@ import viz_slots
 from tests.checkpoint_data import resnet18_weights
 from tests.helpers import run_expecting_usage_error
 from transfer import convert
+from transfer.detection.d2_weights import WeightsFile, read_weights
+from transfer.segmentation.mm_weights import read_fine_tuned
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
@@ -333,6 +335,23 @@ def test_commands_refuse_code_in_one_line(
         "viz_slots": (viz_slots.main, ["--model-path", path]),
     }[command]
     assert path in run_expecting_usage_error(main, argv, capsys)
+    assert not code_ran()
+
+
+@pytest.mark.parametrize("attack", RUNS_CODE)
+def test_fine_tuned_models_with_code_are_refused(attack: str) -> None:
+    as_zip(Path("in.pth"), pickle_of(RUNS_CODE[attack]))
+    with pytest.raises(UsageError, match=r"CHECKPOINT in\.pth: refused"):
+        read_fine_tuned(Path("in.pth"), "CHECKPOINT")
+    assert not code_ran()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_weights_for_detectron2_with_code_are_refused(suffix: str) -> None:
+    path = Path(f"in{suffix}")
+    (as_zip if suffix == ".pth" else as_pickle)(path, pickle_of(RUNS_CODE["dotted name of a tensor function"]))
+    with pytest.raises(UsageError, match=rf"MODEL.WEIGHTS in\{suffix}: refused"):
+        read_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False))
     assert not code_ran()
 
 
