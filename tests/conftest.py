@@ -14,7 +14,7 @@ from PIL import Image
 
 import main_pretrain
 from data.demo import render_scene
-from tests.helpers import TINY, SmallEncoder, run_expecting_usage_error  # noqa: F401
+from tests.helpers import TINY, SmallEncoder
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "coco_mini"
 

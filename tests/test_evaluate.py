@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.models import resnet18, resnet50
 
-from tests.conftest import run_expecting_usage_error
+from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
 from transfer import evaluate
 from transfer.encoders import EncoderWeights
