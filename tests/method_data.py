@@ -12,22 +12,13 @@ from torch import Tensor, nn
 
 from main_pretrain import parse_args
 from models import build_method
-from tests.helpers import TINY
+from tests.helpers import TINY, SmallEncoder
 from tests.reference.grouping import Array
 from tests.reference.methods import Geometry, Inputs
 from utils.batch import Batch
 
 APART = ((0, 0, 40, 40), (60, 50, 110, 100))
 """The crops of two views that do not intersect."""
-
-
-class SmallEncoder(nn.Sequential):
-    """Maps images of 32 pixels to 4 x 4 cells; test_backbones.py tests the architectures."""
-
-    width, stride = 12, 8
-
-    def __init__(self, *_options: Any):
-        super().__init__(nn.Conv2d(3, 12, 8, 8), nn.BatchNorm2d(12), nn.ReLU())
 
 
 def method_in_mid_training(*flags: str, seed: int = 0) -> Any:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torchvision import models as torchvision_models
 
-from tests.helpers import run_expecting_usage_error
 from tests.detection_data import make_cityscapes, make_coco
+from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
 from transfer.detection import d2_config, d2_weights, train_net
 from transfer.detection.d2_weights import BACKBONE, WeightsFile
