@@ -147,7 +147,9 @@ Probe = Callable[[ProbeRun, EncoderWeights], ProbeResult]
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags that all probes have."""
     parser = config.make_parser(description)
-    parser.add_argument("checkpoint", metavar="CKPT", help="any file that transfer/convert.py reads, or `random` for an untrained --arch")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="file that transfer/convert.py reads, or `random` for --arch"
+    )
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of --data-dir")
     group.add_argument("--data-dir", type=Path, required=True, help="data set, in a layout of transfer/probe/README.md")
