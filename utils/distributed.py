@@ -173,5 +173,5 @@ def exit_with_error(message: str, status: int = 2) -> NoReturn:
     if not is_main_process():
         time.sleep(3)
         message = f"rank {rank()}: {message}"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     sys.exit(status)
