@@ -163,6 +163,7 @@ def test_losses_of_half_precision_inputs_are_float32() -> None:
     [
         (0, [], (1,)),
         (1, ["--num-prototypes", "20"], ()),  # more than positions
+        (6, ["--num-prototypes", "2"], ()),  # all images have all slots
         (2, ["--group-loss-weight", "0.25"], (0, 3)),
         (3, [], (0, 1, 2, 3)),  # without grouping loss
         (4, ["--group-loss-weight", "1"], ()),
