@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune a checkpoint on every data set that is linked, and write one table of the metrics. Run again to resume.
+# Fine-tune a checkpoint on every dataset that is linked, and write one table of the metrics. Run again to resume.
 # transfer/README.md describes the installation and where to link the data.
 #   ./scripts/evaluate.sh CKPT [--seeds 3] [--gpus 8] [--only coco voc12aug ...] [--help]
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the requirements into .venv, pre-train a small SlotFA on the demo scenes for a few minutes, draw the nearest
 # images of its prototypes, and compare a linear probe with that of the untrained encoder on validation scenes.
-#   ./scripts/quickstart.sh [more flags of main_pretrain.py]
+#   ./scripts/quickstart.sh [flags of main_pretrain.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

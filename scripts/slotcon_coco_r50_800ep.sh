@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SlotCon, ResNet-50, COCO train2017, 800 epochs: the published recipe (arXiv 2205.15288).
-#   DATA=/data/coco OUT=output/slotcon_coco_r50_800ep ./scripts/slotcon_coco_r50_800ep.sh [more flags]
+#   DATA=/data/coco OUT=output/slotcon_coco_r50_800ep ./scripts/slotcon_coco_r50_800ep.sh [flags of main_pretrain.py]
 # On several nodes, run on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node GPUS=4 ./scripts/slotcon_coco_r50_800ep.sh
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"

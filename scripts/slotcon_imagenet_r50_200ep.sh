@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SlotCon, ResNet-50, ImageNet, 200 epochs: the published recipe (arXiv 2205.15288).
-#   DATA=/data/imagenet OUT=output/slotcon_imagenet_r50_200ep ./scripts/slotcon_imagenet_r50_200ep.sh [more flags]
+#   DATA=/data/imagenet OUT=output/slotcon_imagenet_r50_200ep ./scripts/slotcon_imagenet_r50_200ep.sh [flags of main_pretrain.py]
 # On several nodes, run on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node GPUS=4 ./scripts/slotcon_imagenet_r50_200ep.sh
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SlotFA, ResNet-50, COCO train2017, 800 epochs, *paper* preset: both grouping losses, no slot contrast, prototypes detached in the augmented loss.
-#   DATA=/data/coco OUT=output/slotfa_coco_r50_800ep ./scripts/slotfa_coco_r50_800ep.sh [more flags]
+#   DATA=/data/coco OUT=output/slotfa_coco_r50_800ep ./scripts/slotfa_coco_r50_800ep.sh [flags of main_pretrain.py]
 # On several nodes, run on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node GPUS=4 ./scripts/slotfa_coco_r50_800ep.sh
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"

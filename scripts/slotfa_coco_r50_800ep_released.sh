@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# SlotFA, ResNet-50, COCO train2017, 800 epochs, *released* preset: the augmented loss is logged and trains nothing (4 x 128).
-#   DATA=/data/coco OUT=output/slotfa_coco_r50_800ep_released ./scripts/slotfa_coco_r50_800ep_released.sh [more flags]
+# SlotFA, ResNet-50, COCO train2017, 800 epochs, *released* preset: the augmented loss is computed and logged without gradient.
+# 4 GPUs with 128 images each.
+#   DATA=/data/coco OUT=output/slotfa_coco_r50_800ep_released ./scripts/slotfa_coco_r50_800ep_released.sh [flags of main_pretrain.py]
 # On several nodes, run on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node GPUS=4 ./scripts/slotfa_coco_r50_800ep_released.sh
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
