@@ -14,10 +14,10 @@ from torchvision.transforms import functional as tvf
 from data.color import BLUR, FACTORS, GRAY, NEUTRAL, ORDER, SOLARIZE, apply_color, augment_color, draw_color
 from tests.helpers import make_batch, make_image
 from utils.batch import MEAN, STD
-from utils.recipes import ColorRecipe, two_view_recipes
+from utils.view_recipes import ColorRecipe, two_view_recipes
 
 SIZE = 96
-COLUMNS = {"factors": FACTORS, "order": ORDER, "gray": GRAY, "blur": BLUR, "solarize": SOLARIZE}
+COLUMNS = {"factors": FACTORS, "gray": GRAY, "blur": BLUR, "solarize": SOLARIZE}
 PILLOW_JITTER = (
     lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
@@ -34,17 +34,14 @@ def make_color(**columns: float | list[float]) -> Tensor:
     return color
 
 
-def to_levels(views: Tensor) -> Tensor:
-    """Convert normalized views to levels 0..255."""
-    return 255 * (views * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
-
-
 def to_view(pixels: np.ndarray | Image.Image) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].contiguous()
 
 
 def augment(pixels: np.ndarray | Image.Image, color: Tensor) -> np.ndarray:
-    return to_levels(augment_color(to_view(pixels), color))[0].permute(1, 2, 0).numpy()
+    """Augment an image and return levels 0..255."""
+    view = augment_color(to_view(pixels), color)[0].permute(1, 2, 0)
+    return (255 * (view * torch.tensor(STD) + torch.tensor(MEAN))).numpy()
 
 
 def augment_with_pillow(image: Image.Image, color: Tensor) -> np.ndarray:
@@ -79,31 +76,27 @@ def test_operations_are_drawn_with_their_probabilities() -> None:
             assert abs(is_drawn.mean() - p) <= 4 * math.sqrt(p * (1 - p) / len(color)), name
 
 
-def test_strengths_are_uniform_within_their_ranges() -> None:
-    color = draw_colors(ColorRecipe(jitter=(0.4, 1.5, 0.2, 0.1), jitter_p=1, blur_p=1), 4000)
+def test_strengths_are_uniform_and_orders_have_the_same_probability() -> None:
+    color = draw_colors(ColorRecipe(jitter=(0.4, 1.5, 0.2, 0.1), jitter_p=1, blur_p=1), 4800)
     ranges = {0: (0.6, 1.4), 1: (0, 2.5), 2: (0.8, 1.2), 3: (-0.1, 0.1), BLUR: (0.1, 2)}
     quantiles = np.linspace(0, 1, 11)
     for column, (low, high) in ranges.items():
-        assert color[:, column].min() >= np.float32(low)
-        assert color[:, column].max() <= np.float32(high)
         values = (np.quantile(color[:, column], quantiles) - low) / (high - low)
-        assert np.abs(values - quantiles).max() < 4 * math.sqrt(0.25 / 4000)
-
-
-def test_all_orders_of_the_jitter_have_the_same_probability() -> None:
-    orders = Counter(map(tuple, draw_colors(ColorRecipe(jitter_p=1), 4800)[:, ORDER].tolist()))
+        assert np.abs(values - quantiles).max() < 4 * math.sqrt(0.25 / 4800)
+        assert values.min() > -1e-6
+        assert values.max() < 1 + 1e-6
+    orders = Counter(map(tuple, color[:, ORDER].tolist()))
     assert len(orders) == 24
     assert all(abs(count - 200) < 5 * math.sqrt(200) for count in orders.values())
 
 
 def test_neutral_parameters_only_normalize() -> None:
-    color = draw_color(np.random.default_rng(0), ColorRecipe(jitter_p=0, gray_p=0))
-    assert color.dtype == np.float32
-    assert tuple(color.tolist()) == NEUTRAL
+    color = torch.from_numpy(draw_color(np.random.default_rng(0), ColorRecipe(jitter_p=0, gray_p=0)))[None]
+    assert torch.equal(color, make_color())
     views = to_view(make_image(SIZE, SIZE))
     original = views.clone()
     expected = tvf.normalize(views.float() / 255, MEAN, STD)
-    torch.testing.assert_close(augment_color(views, make_color()), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(augment_color(views, color), expected, rtol=0, atol=2e-6)
     assert torch.equal(views, original)
 
 
@@ -111,31 +104,25 @@ def test_neutral_parameters_only_normalize() -> None:
 @pytest.mark.parametrize(
     ("color", "mean", "largest"),
     [
-        *((make_color(factors=[f, 1, 1, 0]), 0.55, 1.05) for f in (0.6, 0.93, 1.1, 1.4)),
-        *((make_color(factors=[1, f, 1, 0]), 0.55, 1.5) for f in (0.6, 0.93, 1.1, 1.4)),
-        *((make_color(factors=[1, 1, f, 0]), 0.55, 1.5) for f in (0.8, 0.97, 1.05, 1.2)),
-        *((make_color(factors=[1, 1, 1, f]), 1.6, 16) for f in (-0.1, -0.05, 0.02, 0.1)),
+        *((make_color(factors=[f, 1, 1, 0]), 0.55, 1.05) for f in (0.6, 1.4)),
+        *((make_color(factors=[1, f, 1, 0]), 0.55, 1.5) for f in (0.6, 1.4)),
+        *((make_color(factors=[1, 1, f, 0]), 0.55, 1.5) for f in (0.8, 1.2)),
+        *((make_color(factors=[1, 1, 1, f]), 1.6, 16) for f in (-0.1, 0.02)),
         (make_color(gray=1), 0.35, 0.55),
-        *((make_color(blur=s), 0.9, 3.5) for s in (0.1, 0.35, 0.7, 1.0, 1.4, 2.0)),
+        *((make_color(blur=s), 0.9, 3.5) for s in (0.1, 0.7, 1.4, 2.0)),
         (make_color(solarize=1), 1e-4, 1e-3),
     ],
 )
 def test_each_operation_equals_pillows(color: Tensor, mean: float, largest: float) -> None:
-    for seed in range(3):
-        image = make_image(SIZE, SIZE, seed)
+    for size in (SIZE, 50):
+        image = make_image(size, size, size)
         difference = np.abs(augment(image, color) - augment_with_pillow(image, color))
         assert difference.mean() <= mean
         assert difference.max() <= largest
 
 
-def test_solarization_inverts_levels_from_128_on() -> None:
-    ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
-    expected = np.where(ramp >= 128, 255 - ramp.astype(float), ramp)
-    np.testing.assert_allclose(augment(ramp, make_color(solarize=1)), expected, atol=1e-3)
-
-
 # Levels up to 255 times a few float32 roundings of 6e-8, which the division by a chroma of 1 multiplies: 1e-2.
-@pytest.mark.parametrize("shift", [-0.45, -0.1, 0.03, 0.1, 0.5])
+@pytest.mark.parametrize("shift", [-0.45, -0.1, 0.03, 0.5])
 def test_hue_shift_equals_that_of_hsv(shift: float) -> None:
     image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     image[0] = np.arange(12)[:, None] * 20  # gray pixels have no hue to shift
@@ -147,19 +134,14 @@ def test_hue_shift_equals_that_of_hsv(shift: float) -> None:
     np.testing.assert_allclose(shifted.reshape(-1, 3), 255 * np.array(expected), atol=0.01)
 
 
-@pytest.mark.parametrize("size", [32, 50, 224])
-def test_blur_equals_pillows_at_the_edges_of_any_size(size: int) -> None:
-    image, color = make_image(size, size, 1), make_color(blur=2.0)
-    difference = np.abs(augment(image, color) - augment_with_pillow(image, color))
-    assert difference.max() <= 4
-    assert difference[0].mean() < 1
-
-
-def test_chains_equal_pillows() -> None:
+def test_chains_in_their_orders_equal_pillows() -> None:
+    """Another order would differ by 15 levels on average where all four operations are strong."""
     means, largest = [], []
     for seed in range(40):
         recipe = two_view_recipes(SIZE, 0.08)[seed % 2].color
         color = torch.from_numpy(draw_color(np.random.default_rng(seed), recipe))[None]
+        if seed < 10:
+            color[0, FACTORS] = torch.tensor([1.5, 1.5, 0.3, 0.2])
         image = make_image(SIZE, SIZE, seed)
         difference = np.abs(augment(image, color) - augment_with_pillow(image, color))
         means.append(difference.mean())
@@ -169,16 +151,6 @@ def test_chains_equal_pillows() -> None:
     assert np.max(largest) < 25
 
 
-def test_jitter_operations_are_applied_in_their_order() -> None:
-    image, factors = make_image(SIZE, SIZE), [1.5, 1.5, 0.3, 0.2]
-    colors = [make_color(factors=factors, order=order) for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2])]
-    references = [augment_with_pillow(image, color) for color in colors]
-    for number, color in enumerate(colors):
-        distances = [np.abs(augment(image, color) - reference).mean() for reference in references]
-        assert distances.pop(number) < 3
-        assert min(distances) > 15
-
-
 def make_colored_views(count: int) -> tuple[Tensor, Tensor]:
     views = torch.cat([to_view(make_image(SIZE, SIZE, seed)) for seed in range(count)])
     rng, recipes = np.random.default_rng(0), two_view_recipes(SIZE, 0.08)
@@ -186,13 +158,10 @@ def make_colored_views(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_images_of_a_batch_do_not_affect_each_other() -> None:
-    """Up to the order of additions in the products of the blur: 13 float32 roundings of levels up to 255."""
+    """Up to the order of additions in the products of the blur: some float32 roundings of levels up to 255."""
     views, color = make_colored_views(11)
-    batched = augment_color(views, color)
     separate = torch.cat([augment_color(views[i : i + 1], color[i : i + 1]) for i in range(len(views))])
-    torch.testing.assert_close(batched, separate, rtol=0, atol=1e-4)
-    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(augment_color(views[order], color[order]), batched[order], rtol=0, atol=1e-4)
+    torch.testing.assert_close(augment_color(views, color), separate, rtol=0, atol=1e-4)
 
 
 def test_apply_color_colors_every_view_of_a_batch_once() -> None:
@@ -201,8 +170,7 @@ def test_apply_color_colors_every_view_of_a_batch_once() -> None:
     batch = make_batch(6)
     batch.views, batch.color, batch.step = [views, small], torch.stack([color, color.flip(0)], dim=1), 7
     colored = apply_color(batch)
-    assert colored.color is None
-    assert colored.step == 7
+    assert (colored.color, colored.step) == (None, 7)
     assert torch.equal(colored.views[0], augment_color(views, color))
     assert torch.equal(colored.views[1], augment_color(small, color.flip(0)))
     assert apply_color(colored) is colored

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import main_pretrain
-from data.datasets import SceneDataset, build_dataset
+from data.datasets import MultiViewDataset, build_dataset
 from data.decode import CHUNK, MAX_REDUCTION, decode_views, read_encoded
 from data.loader import EpochSampler, build_loader, collate
 from tests.helpers import make_image, run_expecting_usage_error
 from utils.batch import Batch
 from utils.config import make_plan
-from utils.recipes import two_view_recipes
+from utils.view_recipes import two_view_recipes
 
 RECIPES = two_view_recipes(64, 0.08)
 ROTATED = (replace(RECIPES[0], rotate=True, interpolation="bilinear"), RECIPES[1])
@@ -59,13 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_encoded(folder: Path, files: list[str], epoch: int = 0) -> Batch:
-    dataset = SceneDataset(folder, files, ROTATED, seed=0, send_encoded=True)
+    dataset = MultiViewDataset(folder, files, ROTATED, seed=0, send_encoded=True)
     return collate([dataset[number + epoch * len(files)] for number in range(len(files))])
 
 
 def load_both(folder: Path, files: list[str], device: str = "cpu", epoch: int = 0) -> tuple[Batch, Batch]:
     """Load a batch with the views of the workers, and with views cut on the device."""
-    dataset = SceneDataset(folder, files, ROTATED, seed=0)
+    dataset = MultiViewDataset(folder, files, ROTATED, seed=0)
     by_worker = collate([dataset[number + epoch * len(files)] for number in range(len(files))])
     by_device = decode_views(load_encoded(folder, files, epoch), ROTATED, device)
     return by_worker, by_device
@@ -128,7 +128,7 @@ def test_workers_send_one_tensor_of_bytes_that_stays_on_the_host(tiny: Callable[
     for by_worker, sent in zip(*batches, strict=True):
         assert sent.encoded.data.dim() == 1
         assert sent.to("meta").encoded is sent.encoded
-        assert_close(by_worker, decode_views(sent, dataset.recipes, "cpu"), mean=0.25, largest=2)
+        assert_close(by_worker, decode_views(sent, dataset.view_recipes, "cpu"), mean=0.25, largest=2)
 
 
 def test_decoding_on_a_gpu_needs_a_run_on_a_gpu(
@@ -187,13 +187,6 @@ def test_damage_that_only_the_decoder_finds_leaves_the_rest_of_the_batch(folder:
     for view in intact.views:
         view[2] = 0
     assert_close(replace(intact, unreadable=by_device.unreadable), by_device, mean=0.25, largest=1)
-
-
-def test_a_truncated_file_with_an_end_marker_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(DAMAGED["half"] + b"\xff\xd9")
-    by_worker, by_device = load_both(tmp_path, ["a.jpg"])
-    assert by_worker.unreadable == ()
-    assert_close(by_worker, by_device, mean=0.25, largest=1)
 
 
 # On a GPU
