@@ -222,6 +222,7 @@ def test_usage_error_is_one_line_and_writes_nothing(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert "0 trains on the CPU" in error("--gpus", "4")
     assert "does not divide over 3 GPUs" in error("--gpus", "3")
+    assert "--gpus 0: run mim_dist_train.sh" in error("--gpus", "0")
     monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "missing"))
     assert "link the data" in error()
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ import torch
 
 from transfer.finetuning import data_root
 from utils import distributed
-from utils.config import make_parser
+from utils.config import at_least, make_parser
 from utils.device import loader_workers
 from utils.errors import UsageError
 from utils.files import check_writable
@@ -58,7 +58,7 @@ def make_mmseg_parser(description: str, weights: str, weights_help: str) -> argp
     parser.add_argument(
         "--work-dir", type=Path, help="output folder of logs, checkpoints and results (default: work_dirs/CONFIG_NAME)"
     )
-    parser.add_argument("--gpus", type=int, help="number of GPUs, 0 for the CPU (default: 1 if there is one)")
+    parser.add_argument("--gpus", type=at_least(0), help="number of GPUs, 0 for the CPU (default: 1 if there is one)")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -112,13 +112,15 @@ def _count_processes(args: argparse.Namespace) -> int:
     """Return the number of processes that share a batch.
 
     Raises:
-        UsageError: --gpus is more than this machine has.
+        UsageError: --gpus is more than this machine has, or 0 where mmengine would use a GPU.
     """
     if "RANK" in os.environ:
         return distributed.world_size()
     available = torch.cuda.device_count()
-    if args.gpus is not None and not 0 <= args.gpus <= available:
+    if args.gpus is not None and args.gpus > available:
         raise UsageError(f"--gpus {args.gpus}: this machine has {available}; 0 trains on the CPU")
+    if args.gpus == 0 and available:  # mmengine uses every GPU that it sees
+        raise UsageError("--gpus 0: run mim_dist_train.sh or mim_dist_test.sh, or set CUDA_VISIBLE_DEVICES=''")
     return max(args.gpus or 1, 1)
 
 

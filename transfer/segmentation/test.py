@@ -52,7 +52,7 @@ def evaluate(args: argparse.Namespace) -> None:
     model.load_state_dict(state["state_dict"])
     metrics = runner.test()
     if runner.rank == 0:
-        results = {"step": state["meta"]["iter"], "metrics": metrics, "pretrained": {}}
+        results = {"step": state["meta"]["iter"], "metrics": metrics}
         write_json(Path(runner.work_dir) / "test.json", results)
 
 
