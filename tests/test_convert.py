@@ -36,6 +36,7 @@ from tests.reference.framework_names import resnet_rows
 from transfer import convert
 from transfer.encoders import read_encoder
 from transfer.formats import FORMATS, detectron2_name, torchvision_name
+from utils.errors import UsageError
 
 Captured = pytest.CaptureFixture[str]
 Converted = Callable[[str], Path]
@@ -356,6 +357,19 @@ def test_fault_is_found(
     write_again(out, target, weights, provenance)
     line = refused(source, out, "--to", target, "--verify")
     assert all(word in line for word in (str(out), *words))
+
+
+@pytest.mark.parametrize("error", [UsageError("they differ"), KeyboardInterrupt()])
+def test_new_file_that_was_not_verified_is_removed(
+    error: BaseException, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(convert, "verify", fail)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        convert_file(source, tmp_path / "out.pth", "--verify")
+    assert not list(tmp_path.iterdir())
 
 
 def test_swapped_channels_of_a_vit_are_found(tmp_path: Path, refused: Refused) -> None:

@@ -15,6 +15,7 @@ from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
 from transfer import evaluate
 from transfer.encoders import EncoderWeights
+from transfer.verify import verify
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.sh"
 CAPSYS = pytest.CaptureFixture[str]
@@ -63,6 +64,7 @@ def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         (tmp_path / "data/VOCdevkit/VOC2012" / folder).mkdir(parents=True)
     monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "data"))
     monkeypatch.setattr("transfer.finetuning.find_spec", lambda _: True)
+    monkeypatch.setattr(evaluate, "verify", lambda *_: "verified")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mmseg.pth").touch()  # an existing conversion is not repeated
 
@@ -104,6 +106,22 @@ def test_failed_fine_tuning_is_reported_and_repeated_by_the_next_call(
     assert "voc12aug_d8/seed_0/log.txt" not in output
 
 
+def test_existing_conversion_is_verified_before_it_is_used(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: CAPSYS
+) -> None:
+    monkeypatch.setattr(evaluate, "verify", verify)
+    assert run() == 2
+    assert f"{tmp_path}/out/mmseg.pth" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("log.txt"))
+
+
+def test_metric_that_a_run_does_not_have_is_empty() -> None:
+    assert evaluate._look_up({"bbox": {"AP": 3.0}}, "bbox.AP") == 3
+    assert [evaluate._look_up(results, "segm.AP") for results in ({"bbox": {"AP": 3.0}}, {"segm": {}}, None)] == [
+        None
+    ] * 3
+
+
 def test_several_seeds_give_mean_and_sample_standard_deviation(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("--seeds", "3") == 0
     row = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
@@ -142,7 +160,12 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--seeds", "0"], "--seeds"), (["--only", "voc"], "--only"), ([], "the encoder is resnet18")],
+    [
+        (["--seeds", "0"], "--seeds"),
+        (["--detection-options=--resume"], "--resume is not supported; only --auto-scale"),
+        (["--only", "voc"], "--only"),
+        ([], "the encoder is resnet18"),
+    ],
 )
 def test_usage_error_is_one_line_and_writes_nothing(
     flags: list[str], message: str, tmp_path: Path, capsys: CAPSYS

@@ -57,19 +57,28 @@ def _parse_args(argv: Sequence[str] | None, target: str | None) -> argparse.Name
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write OUT, and compare it with IN on request.
+    """Write OUT, and compare it with IN on request; a new OUT that fails the comparison is removed.
 
     Raises:
         UsageError: IN has no complete encoder, OUT cannot be written or exists already, or they differ.
     """
     image = None if args.verify is None else load_image(Path(args.verify) if args.verify else None)
-    if image is None or args.overwrite or not os.path.isfile(args.output):
+    writes = image is None or args.overwrite or not os.path.isfile(args.output)
+    if writes:
         encoder = read_encoder(args.input, args.encoder)
         _check_output(args, encoder)
         write(args.output, encoder, args.to)
+    if image is not None:
+        try:
+            comparison = verify(args.input, args.output, args.encoder, image, args.to)
+        except BaseException:
+            if writes:
+                args.output.unlink()
+            raise
+    if writes:
         print(f"{args.output}: {_describe(encoder)}, for {args.to}")
     if image is not None:
-        print(f"verified: {verify(args.input, args.output, args.encoder, image, args.to)}")
+        print(f"verified: {comparison}")
 
 
 def _check_output(args: argparse.Namespace, encoder: EncoderWeights) -> None:

@@ -86,8 +86,9 @@ def evaluate(args: argparse.Namespace) -> bool:
         Whether all fine-tunings that are available on this machine have finished.
 
     Raises:
-        UsageError: the checkpoint cannot be used, or --out contains the evaluation of another.
+        UsageError: the checkpoint or an option cannot be used, or --out contains the evaluation of another.
     """
+    _check_detection_options(args.detection_options)
     encoder = read_encoder(args.checkpoint, args.encoder)
     unavailable = {name: FINE_TUNINGS[name].why_unavailable(encoder.arch) for name in args.only or FINE_TUNINGS}
     available = [name for name, reason in unavailable.items() if not reason]
@@ -107,6 +108,17 @@ def evaluate(args: argparse.Namespace) -> bool:
     print(_write_tables(args, unavailable, failed, encoder))
     print(f"written to {args.out}/results.md and results.json")
     return not failed
+
+
+def _check_detection_options(options: str) -> None:
+    """Check that all flags among the options are supported; others would break or repeat those of `build_command`.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for option in shlex.split(options):
+        if option.startswith("--") and option != "--auto-scale":
+            raise UsageError(f"--detection-options: {option} is not supported; only --auto-scale and KEY VALUE pairs")
 
 
 def _run_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
@@ -135,12 +147,18 @@ def _prepare_folder(args: argparse.Namespace, encoder: EncoderWeights) -> None:
 
 
 def _convert(args: argparse.Namespace, encoder: EncoderWeights, frameworks: set[str]) -> None:
-    """Convert the encoder for each framework, and compare the features of the result with the checkpoint's."""
+    """Convert the encoder for each framework, and compare the features of the result with the checkpoint's.
+
+    An existing file is compared as well, because the call that wrote it may have been interrupted before that.
+
+    Raises:
+        UsageError: a file cannot be written, or its features differ.
+    """
     for target, name in (_CONVERTED[framework] for framework in sorted(frameworks)):
         path = args.out / name
         if not path.exists():
             write(path, encoder, target)
-            print(f"{path}: {verify(args.checkpoint, path, args.encoder, load_image())}", flush=True)
+        print(f"{path}: {verify(args.checkpoint, path, args.encoder, load_image(), target)}", flush=True)
 
 
 def _fine_tune(args: argparse.Namespace, name: str, seed: int, encoder: EncoderWeights) -> int:
@@ -229,8 +247,9 @@ def _collect_rows(
 
 
 def _look_up(results: Any, keys: str) -> float | None:
+    """Return the value at `keys`, joined by dots, in nested dicts; None if there is none."""
     for key in keys.split("."):
-        results = results[key]
+        results = results.get(key) if results else None
     return results
 
 
