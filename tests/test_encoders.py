@@ -177,7 +177,7 @@ def test_provenance_is_read_from_dicts_and_json_and_by_its_old_key() -> None:
     "provenance",
     [
         None, "made by hand", "[" * 100_000, ["a"], 3, {"format": "theirs"}, VALID | {"source": 3},
-        VALID | {"source": "a\nb"},
+        VALID | {"source": "a\nb"}, VALID | {"arch": "a\nb"},
         VALID | {"mean": [0.5]}, VALID | {"std": "0.5"}, VALID | {"mean": [1, 2, "3"]}, VALID | {"color_order": "CMY"},
     ],
 )  # fmt: skip

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import main_pretrain
 from tests.helpers import run_expecting_usage_error
@@ -49,6 +51,17 @@ def test_probe_changes_neither_the_encoder_nor_the_random_state(labeled: Path) -
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
+
+
+def test_features_beyond_float16_are_clamped(labeled: Path) -> None:
+    args = argparse.Namespace(probe_dir=str(labeled), probe_dataset="folder")
+    scores = OnlineProbe(args).measure(HugeFeatures(), torch.device("cpu"))
+    assert all(0 < score <= 100 for score in scores.values())
+
+
+class HugeFeatures(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return 1e6 * F.avg_pool2d(images, 16)
 
 
 @pytest.mark.parametrize(

@@ -522,6 +522,12 @@ def test_features_beyond_float16_are_clamped(folder: Path, tmp_path: Path) -> No
     assert abs(features.maps).max() == np.finfo(np.float16).max
 
 
+def test_linear_probe_without_labeled_pixels_is_an_error() -> None:
+    features = as_features(np.zeros((2, 2, 2, 3)), np.full((2, 4, 4), VOID))
+    with pytest.raises(UsageError, match="no labeled pixels"):
+        fit_linear(features, 2, steps=1, lr=0.1, seed=0, device=CPU)
+
+
 def test_full_disk_is_reported_before_the_encoder_runs(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

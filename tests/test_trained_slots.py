@@ -86,6 +86,7 @@ def test_untrained_encoder_depends_on_its_seed_and_leaves_the_generator_alone() 
     assert torch.equal(first.weights[name], again.weights[name])
     assert not torch.equal(first.weights[name], other.weights[name])
     assert first.provenance == again.provenance
+    assert first.provenance.keys() >= {"color_order", "mean", "std"}
     assert first.provenance["source_sha256"] != other.provenance["source_sha256"]
 
 

@@ -68,7 +68,7 @@ def untrained_encoder(arch: str, seed: int) -> EncoderWeights:
         network = build_encoder(arch)
     digest = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
     provenance = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": digest}
-    return EncoderWeights(network.state_dict(), arch, provenance)
+    return EncoderWeights(network.state_dict(), arch, _DEFAULT_INPUT | provenance)
 
 
 def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
@@ -158,7 +158,7 @@ def read_provenance(state: Mapping[str, Any]) -> dict[str, Any]:
     provenance = dict(provenance)
     if "colour_order" in provenance:  # the key's name in files that were converted before it became American
         provenance["color_order"] = provenance.pop("colour_order")
-    texts = [provenance.get(name) for name in _REQUIRED_PROVENANCE]
+    texts = [provenance.get("arch", ""), *(provenance.get(name) for name in _REQUIRED_PROVENANCE)]
     valid = all(isinstance(text, str) and text.isprintable() for text in texts)
     valid &= provenance.get("color_order", "RGB") in ("RGB", "BGR")
     valid &= all(_is_level_per_channel(provenance.get(name, MEAN)) for name in ("mean", "std"))

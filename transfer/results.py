@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.files import atomic_write_text
 
@@ -20,11 +21,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """Convert NumPy's numbers to Python's with the same decimal digits, and numbers that are not finite to None."""
+    """Convert NumPy's scalars to Python's, floats by their decimal digits, and floats that are not finite to None."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
-    if isinstance(value, Real) and not isinstance(value, int):
-        return float(str(value)) if math.isfinite(value) else None
-    return value
+    if isinstance(value, np.floating):
+        value = float(str(value))
+    elif isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

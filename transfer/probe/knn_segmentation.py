@@ -70,7 +70,7 @@ def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
     """Index the cells of the training split, evaluate on the validation split."""
     args, num_classes = probe_run.args, len(probe_run.classes)
     network = build_network(encoder, args.output_stride)
-    train, val = (probe_run.extract(split, network, encoder) for split in (probe_run.train, probe_run.val))
+    train, val = probe_run.extract_splits(network, encoder)
     index = KNNIndex.build(
         train, num_classes, args.memory, args.neighbors, args.temperature, args.seed, probe_run.device
     )

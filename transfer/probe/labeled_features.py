@@ -322,6 +322,12 @@ def _create_arrays(folder: Path, count: int, shape: tuple[int, int, int], size: 
         raise UsageError(f"--cache {folder}: cannot be written ({error.strerror}); use another folder") from None
 
 
+def encode_images(network: Network, images: Tensor, device: torch.device) -> NDArray[np.float16]:
+    """Return the features (B, h, w, C) of images (B, 3, S, S) uint8, clamped to the range of float16."""
+    features = network(normalize(images / 255).to(device)).permute(0, 2, 3, 1)
+    return features.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().cpu().numpy()
+
+
 def _fill_arrays(
     folder: Path, network: Network, dataset: SegmentationDataset, device: torch.device, batch_size: int, workers: int
 ) -> None:
@@ -334,8 +340,7 @@ def _fill_arrays(
     with tqdm(total=len(indices), unit="image", desc="features", disable=quiet) as bar, torch.inference_mode():
         for images, masks in _unwrap_worker_errors(loader):
             batch = indices[done : done + len(images)]
-            features = network(normalize(images / 255).to(device)).permute(0, 2, 3, 1)
-            maps[batch] = features.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).cpu().numpy()
+            maps[batch] = encode_images(network, images, device)
             labels[batch] = masks.numpy()
             done += len(images)
             bar.update(len(images))

@@ -16,6 +16,7 @@ from transfer.encoders import EncoderWeights, build_network
 from transfer.probe.labeled_features import LabeledFeatures
 from transfer.probe.segmentation_probe import ProbeResult, ProbeRun, compute_scores, dataset_confusion, make_parser, run
 from utils.config import at_least
+from utils.errors import UsageError
 
 _BATCH_CELLS = 1024
 
@@ -46,6 +47,9 @@ def fit_linear(
 
     The target of a cell is the share of each class among its pixels. The loss is therefore the cross-entropy over all
     pixels that are not void, of logits that are constant within a cell.
+
+    Raises:
+        UsageError: all training pixels are void.
     """
     shares = torch.from_numpy(features.class_shares(num_classes)).flatten(0, 2)
     mean, scale = (moment.to(device) for moment in _channel_moments(features))
@@ -55,6 +59,8 @@ def fit_linear(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = np.random.default_rng(seed)
     labeled_cells = np.flatnonzero(shares.sum(dim=1).numpy())
+    if not len(labeled_cells):
+        raise UsageError("the training masks have no labeled pixels")
     for _ in range(steps):
         indices = np.sort(rng.choice(labeled_cells, min(_BATCH_CELLS, len(labeled_cells)), replace=False))
         logits = F.linear((features.cells(indices).to(device) - mean) * scale, weight, bias)
@@ -94,7 +100,7 @@ def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
     """Train on the training split, evaluate on the validation split."""
     args, num_classes = probe_run.args, len(probe_run.classes)
     network = build_network(encoder, args.output_stride)
-    train, val = (probe_run.extract(split, network, encoder) for split in (probe_run.train, probe_run.val))
+    train, val = probe_run.extract_splits(network, encoder)
     classifier = fit_linear(train, num_classes, args.steps, args.lr, args.seed, probe_run.device)
     return ProbeResult(
         {"linear probe": compute_scores(dataset_confusion(val, classifier, num_classes))}, val, classifier

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from transfer.probe.labeled_features import LabeledFeatures, SegmentationDataset
+from transfer.probe.labeled_features import LabeledFeatures, SegmentationDataset, encode_images
 from transfer.probe.linear_segmentation import fit_linear
 from transfer.probe.segmentation_probe import compute_scores, dataset_confusion
 from utils.errors import UsageError
-from utils.visualization import normalize
 
 _IMAGES, _SIZE, _STEPS, _LR, _BATCH = 100, 224, 500, 1e-3, 16
 
@@ -53,6 +52,6 @@ def _extract(encoder: nn.Module, dataset: SegmentationDataset, device: torch.dev
     for start in range(0, len(dataset), _BATCH):
         pairs = [dataset[number] for number in range(start, min(start + _BATCH, len(dataset)))]
         images = torch.stack([image for image, _ in pairs])
-        maps.append(encoder(normalize(images / 255).to(device)).permute(0, 2, 3, 1).half().cpu().numpy())
+        maps.append(encode_images(encoder, images, device))
         labels += [mask.numpy().astype(np.uint8) for _, mask in pairs]
     return LabeledFeatures(np.concatenate(maps), np.stack(labels))

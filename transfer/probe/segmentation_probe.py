@@ -1,12 +1,10 @@
 """What the segmentation probes share: metrics, the command line, and the results that a probe writes."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from models import backbones
 from transfer.encoders import EncoderWeights, read_encoder, untrained_encoder
 from transfer.probe.labeled_features import LAYOUTS, VOID, LabeledFeatures, SegmentationDataset, extract_features
+from transfer.results import write_json
 from utils import config, distributed
 from utils.config import at_least
 from utils.device import choose_device
@@ -127,6 +126,12 @@ class ProbeRun:
         network = network.to(self.device)
         return extract_features(network, dataset, args.cache, metadata, self.device, args.batch_size, args.num_workers)
 
+    def extract_splits(
+        self, network: torch.nn.Module, encoder: EncoderWeights
+    ) -> tuple[LabeledFeatures, LabeledFeatures]:
+        """Extract the features of the training and of the validation split."""
+        return self.extract(self.train, network, encoder), self.extract(self.val, network, encoder)
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -189,7 +194,6 @@ def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     args.amp = "off"
     device = choose_device(args)
     distributed.initialize(device)
-    torch.manual_seed(args.seed)
     random, path = args.checkpoint == "random", Path(args.checkpoint)
     source = "random" if random else f"{path.resolve().parent.name}_{path.stem}"
     args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
@@ -223,24 +227,22 @@ def _write_results(probe_run: ProbeRun, encoder: EncoderWeights, results: dict[s
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "images": {"train": len(probe_run.train), "val": len(probe_run.val)},
         "results": {
-            name: {protocol: _as_json(scores, probe_run.classes) for protocol, scores in result.scores.items()}
+            name: {
+                protocol: asdict(scores) | {"iou": dict(zip(probe_run.classes, scores.iou))}
+                for protocol, scores in result.scores.items()
+            }
             for name, result in results.items()
         },
     }
     figure = _draw_predictions(probe_run, results)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
+        write_json(out / "results.json", content)
         atomic_write_text(out / "results.md", table + "\n")
         atomic_write(out / "predictions.png", partial(figure.save, format="png"))
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
     print(f"{table}\n\nwritten to {out}: results.json, results.md, predictions.png", flush=True)
-
-
-def _as_json(scores: SegmentationScores, classes: tuple[str, ...]) -> dict[str, Any]:
-    iou = {name: None if np.isnan(value) else value for name, value in zip(classes, scores.iou)}
-    return asdict(scores) | {"iou": iou}
 
 
 def _draw_predictions(probe_run: ProbeRun, results: dict[str, ProbeResult]) -> Image.Image:

@@ -109,7 +109,7 @@ def _kmeans(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, Label
     """Return k-means centers of the training features, and the validation features."""
     args = probe_run.args
     network = build_network(encoder, args.output_stride)
-    train, val = (probe_run.extract(split, network, encoder) for split in (probe_run.train, probe_run.val))
+    train, val = probe_run.extract_splits(network, encoder)
     if args.clusters > (num_cells := int(np.prod(train.maps.shape[:3]))):
         raise UsageError(f"--clusters {args.clusters}: more than the {num_cells} cells of the training images")
     return fit_kmeans(train, args.clusters, args.seed), val
