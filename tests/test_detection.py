@@ -1,6 +1,7 @@
 """Fine-tuning with detectron2: recipe, weights and checks without detectron2; training where it is installed."""
 
 import ast
+import importlib
 import json
 import logging
 import math
@@ -205,6 +206,11 @@ def test_numbers_that_are_not_finite_are_null_in_results(tmp_path: Path) -> None
     assert json.loads(text) == {"segm": {"AP": 12.3, "APs": None, "APl": None}}
 
 
+def test_numpy_integers_and_booleans_keep_their_type_in_results(tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", [np.int64(5), np.bool_(True), 5, np.float64(5)])
+    assert "".join((tmp_path / "results.json").read_text().split()) == "[5,true,5,5.0]"
+
+
 # Weights without detectron2: a ResNet-18 under detectron2's names in place of the configs' ResNet-50
 
 
@@ -212,7 +218,8 @@ def convert(network: torchvision_models.ResNet, arch: str = "resnet50") -> dict[
     """Return what convert_pretrain_to_d2.py writes for `network`, by the tests' own table of names."""
     weights = network.state_dict()
     arrays = {row.detectron2: weights[row.torchvision].numpy() for row in resnet_rows(int(arch.removeprefix("resnet")))}
-    return {"model": arrays, "__author__": "tests", "matching_heuristics": True, "provenance": {"arch": arch}}
+    provenance = {"arch": arch, "format": "detectron2", "source": "in.pth", "source_sha256": "0", "encoder": "only"}
+    return {"model": arrays, "__author__": "tests", "matching_heuristics": True, "provenance": provenance}
 
 
 def model_of(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -357,8 +364,13 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("detectron2")
     root = tmp_path_factory.mktemp("datasets")
     os.environ["DETECTRON2_DATASETS"] = str(root)  # not undone: detectron2 reads it once, on import
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import builtin
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
+    DatasetCatalog.clear()  # another test module may have imported it before
+    MetadataCatalog.clear()
+    importlib.reload(builtin)
     make_coco(root / "coco", COCO_CATEGORIES)
     make_cityscapes(root / "cityscapes")
     return root

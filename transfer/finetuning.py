@@ -42,8 +42,8 @@ class FineTuning:
 def data_root(framework: str) -> Path:
     """Return the folder that holds the data sets of `detection` or `segmentation`."""
     if framework == "detection":
-        return Path(os.environ.get("DETECTRON2_DATASETS", TRANSFER / "detection" / "datasets"))
-    return Path(os.environ.get("SEGMENTATION_DATA", TRANSFER / "segmentation" / "data"))
+        return Path(os.environ.get("DETECTRON2_DATASETS", TRANSFER / "detection" / "datasets")).expanduser()
+    return Path(os.environ.get("SEGMENTATION_DATA", TRANSFER / "segmentation" / "data")).expanduser()
 
 
 _COCO = ("coco/train2017", "coco/val2017", "coco/annotations")

@@ -143,7 +143,7 @@ def check_dataset(name: str, metadata: dict[str, Any], num_machines: int) -> Non
     Raises:
         UsageError: as `check_data`.
     """
-    evaluator, root = metadata.get("evaluator_type"), data_root("detection").expanduser()
+    evaluator, root = metadata.get("evaluator_type"), data_root("detection")
     if evaluator not in _EVALUATORS:
         raise UsageError(f"DATASETS: {name} is not instance segmentation on COCO or Cityscapes")
     for path in (metadata.get(key) for key in ("json_file", "image_root", "image_dir", "gt_dir")):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transfer.encoders import read_provenance
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
@@ -99,8 +100,7 @@ def read_weights(file: WeightsFile) -> FileContents:
     if caffe2 or state.get("matching_heuristics"):
         is_backbone = ("stem.", "res")
         weights = {f"{BACKBONE}{name}" if name.startswith(is_backbone) else name: weights[name] for name in weights}
-    provenance = state.get("provenance")
-    return FileContents(weights, caffe2, provenance if isinstance(provenance, Mapping) else {})
+    return FileContents(weights, caffe2, read_provenance(state))
 
 
 def _is_weight(name: Any, value: Any) -> bool:
