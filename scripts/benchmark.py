@@ -4,6 +4,7 @@ import argparse
 import gc
 import itertools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 
 import main_pretrain
 from scripts.benchmark_loader import benchmark_loader, folder_dataset
-from scripts.benchmark_table import Row, publish
+from scripts.benchmark_table import Row, report
 from scripts.benchmark_training import benchmark_end_to_end, benchmark_step
 from utils import distributed
 from utils.compiler import resolve_compile
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.initialize(device)
         rows = measure_rows(options, configurations)
         if distributed.is_main_process():
-            publish(rows, device, shlex.join(["scripts/benchmark.py", *argv]), options.out or [])
+            report(rows, device, shlex.join(["scripts/benchmark.py", *argv]), options.out or [])
     except (UsageError, OSError) as error:
         distributed.exit_with_error(str(error))
     distributed.shutdown()
@@ -54,27 +55,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the benchmark's own flags, which come before `--`."""
     parser = make_parser(__doc__ or "")
+    count: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     style: dict[str, Any] = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (_, summary) in COMMANDS.items():
-        description = f"Measure {summary}. Flags of main_pretrain.py for all rows follow --, as in -- --amp off"
+        description = f"Measure {summary}. Flags of main_pretrain.py for all rows follow --, as in: -- --amp off"
         add = commands.add_parser(name, help=summary, description=description, **style).add_argument
-        add("--methods", nargs="+", metavar="M", help="a row for each method")
-        add("--batch-sizes", nargs="+", type=at_least(1), metavar="N", help="a row for each batch size")
-        add("--switch", type=shlex.split, action="append", help="a row with these flags, as in --switch='--amp off'")
-        add("--out", type=Path, action="append", metavar="FILE", help="table, .md or .json; repeatable")
+        add("--methods", nargs="+", metavar="M", help="measure each of these methods in a row of its own")
+        add("--batch-sizes", nargs="+", **count, help="measure each of these batch sizes in a row of its own")
+        add("--switch", type=shlex.split, action="append", help="add a row with these flags: --switch='--amp off'")
+        add("--out", type=Path, action="append", help="also write the table to this .md or .json file; repeatable")
         add("--overwrite", action="store_true", help="replace existing files")
         if name == "step":
-            add("--reference", action="store_true", help="compare with the baseline: eager, NCHW, nothing recomputed")
+            add("--reference", action="store_true", help="also time the baseline: eager, NCHW, all activations kept")
             add("--profile", type=Path, metavar="DIR", help="folder for tables by operator and Chrome traces")
         else:
             add("--data-dir", type=Path, metavar="DIR", required=True, help="folder of images")
         if name == "loader":
-            add("--images", type=at_least(1), default=64, metavar="N", help="images on which the parts are measured")
-            add("--workers", nargs="+", type=at_least(0), metavar="N", help="default: 0 and --num-workers")
+            add("--images", **count, default=64, help="number of images for the measurement of the parts")
+            add("--workers", nargs="+", type=at_least(0), help="numbers of workers (default: 0 and --num-workers)")
         else:
-            add("--steps", type=at_least(1), default=100, metavar="N", help="optimizer steps that are timed")
-            add("--warm-up", type=at_least(1), default=10, metavar="N", help="optimizer steps before those")
+            add("--steps", **count, default=100, help="timed optimizer steps")
+            add("--warm-up", **count, default=10, help="untimed optimizer steps before the timed ones")
     return parser
 
 
@@ -104,7 +106,7 @@ def measure_rows(options: argparse.Namespace, configurations: Sequence[tuple[Row
     """Return all rows of the table; a run that needs more memory than one GPU has does not end the others."""
     rows: list[Row] = []
     for labels, args in configurations:
-        name = "_".join(f"{labels['method']} {labels['batch']} {labels['switch']}".split())
+        name = re.sub(r"[^\w.=-]+", "_", f"{labels['method']} {labels['batch']} {labels['switch']}".strip())
         if distributed.is_main_process():
             print(f"{name} ({len(rows)} rows done)", file=sys.stderr, flush=True)
         try:

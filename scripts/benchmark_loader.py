@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 from data.color import apply_color
-from data.datasets import SceneDataset, build_dataset
+from data.datasets import MultiViewDataset, build_dataset
 from data.demo import render_scene
 from data.loader import EpochSampler, build_loader, collate, prefetch
 from models import METHODS
@@ -27,13 +27,13 @@ from utils import distributed
 from utils.batch import MEAN, STD, Batch
 from utils.config import make_plan
 from utils.device import choose_device, loader_workers
-from utils.recipes import ViewRecipe
+from utils.view_recipes import ViewRecipe
 
 EPOCH_BATCHES = 1000  # in an epoch of a measured run, so that its schedules are those of a long run
 MIN_SECONDS = 2.0  # over which each row is measured
 
 
-def folder_dataset(args: argparse.Namespace, folder: Path, num_images: int = 1) -> SceneDataset:
+def folder_dataset(args: argparse.Namespace, folder: Path, num_images: int = 1) -> MultiViewDataset:
     """Return the run's dataset over all images in `folder`, repeated until they are at least `num_images`."""
     location = {"dataset": "folder", "data_dir": str(folder)}
     dataset = build_dataset(argparse.Namespace(**vars(args) | location), METHODS[args.method].view_recipes(args))
@@ -66,16 +66,17 @@ def benchmark_loader(args: argparse.Namespace, options: argparse.Namespace, name
     parts = {
         "worker (decode, crop, resize)": lambda: [dataset[index] for index in range(count)],
         "decode": lambda: [Image.open(path).convert("RGB") for path in paths],
-        "torchvision on Pillow images": lambda: [pillow_views(path, dataset.recipes) for path in paths],
-        f"color on {device.type}": lambda: apply_color(batch),
+        "torchvision on Pillow images": lambda: [pillow_views(path, dataset.view_recipes) for path in paths],
+        f"color augmentation on {device.type}": lambda: apply_color(batch),
     }
-    clocks = dict.fromkeys(parts, time.process_time) | {"color on cuda": timer}
+    clocks = dict.fromkeys(parts, time.process_time) | {"color augmentation on cuda": timer}
     rows = [{"part": name} | measure("part()", count, clocks[name], part=part) for name, part in parts.items()]
     for workers in options.workers or sorted({0, loader_workers(args.num_workers)}):
-        data = prefetch(data_loader(args, options.data_dir, workers), device, dataset.recipes)
-        burst = max(1, workers)  # workers that start together deliver together
-        cells = measure("for _ in range(burst): next(data)", burst * args.batch_size, timer, burst=burst, data=data)
-        rows.append({"part": "loader with color", "workers": workers} | cells)
+        data = prefetch(data_loader(args, options.data_dir, workers), device, dataset.view_recipes)
+        batches_per_measurement = max(1, workers)  # the workers start together and deliver about together
+        images = batches_per_measurement * args.batch_size
+        cells = measure("for _ in range(n): next(data)", images, timer, n=batches_per_measurement, data=data)
+        rows.append({"part": "loader and color augmentation", "workers": workers} | cells)
     return rows
 
 
@@ -84,7 +85,7 @@ def measure(statement: str, images: int, clock: Callable[[], float], **names: ob
     threads = 1 if clock is time.process_time else torch.get_num_threads()
     statement_timer = Timer(statement, timer=clock, globals=names, num_threads=threads)
     seconds = np.array(statement_timer.blocked_autorange(min_run_time=MIN_SECONDS).times)
-    return {"ms an image": quartiles(1000 * seconds / images), "images/s": quartiles(images / seconds)}
+    return {"ms/image": quartiles(1000 * seconds / images), "images/s": quartiles(images / seconds)}
 
 
 def pillow_views(path: Path, recipes: Sequence[ViewRecipe]) -> list[Tensor]:

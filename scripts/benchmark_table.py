@@ -31,16 +31,14 @@ def format_cell(cell: Any) -> str:
 
 def render(rows: Sequence[Row], tablefmt: str) -> str:
     """Return the table in a format of `tabulate`, without the columns that are empty in all rows."""
-    headings = dict.fromkeys(heading for row in rows for heading in row)
-    columns = [heading for heading in headings if any(row.get(heading, "") != "" for row in rows)]
-    cells = [[row.get(heading, "") for heading in columns] for row in rows]
-    alignment = ["left" if all(isinstance(cell, str) for cell in column) else "right" for column in zip(*cells)]
-    texts = [[format_cell(cell) for cell in row] for row in cells]
-    return tabulate(texts, columns, tablefmt=tablefmt, disable_numparse=True, colalign=alignment)
+    texts = [{heading: format_cell(cell) for heading, cell in row.items() if cell != ""} for row in rows]
+    columns = dict.fromkeys(heading for row in texts for heading in row)
+    alignment = ["left" if all(isinstance(row.get(name, ""), str) for row in rows) else "right" for name in columns]
+    return tabulate(texts, "keys", tablefmt=tablefmt, disable_numparse=True, colalign=alignment)
 
 
-def publish(rows: Sequence[Row], device: torch.device, command: str, paths: Sequence[Path]) -> None:
-    """Print the table, and write it to `paths` (.md or .json) with what a published number needs."""
+def report(rows: Sequence[Row], device: torch.device, command: str, paths: Sequence[Path]) -> None:
+    """Print the table, and write it to `paths` (.md or .json) with device, versions, git revision and command."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     metadata = {
         "device": f"{distributed.world_size()} x {name}, {os.cpu_count()} cores",

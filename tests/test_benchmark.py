@@ -22,7 +22,7 @@ SHORT = ["--steps", "1", "--warm-up", "1"]
 
 
 def run_benchmark(tmp_path: Path, *argv: str) -> list[dict[str, Any]]:
-    """Run a command in this process and return the rows of its JSON file; each rate fits its time."""
+    """Run a command in this process, and return the rows of its JSON file."""
     path = tmp_path / "table.json"
     benchmark.main([*argv[:1], "--out", str(path), *argv[1:], *([] if "--" in argv else FLAGS)])
     return json.loads(path.read_text())["rows"]
@@ -45,13 +45,16 @@ def test_table_shows_medians_with_quartiles_and_omits_empty_columns() -> None:
 
 def test_reference_and_profile_and_metadata_are_written(tmp_path: Path) -> None:
     path, folder = tmp_path / "table.md", tmp_path / "profile"
-    (row,) = run_benchmark(tmp_path, "step", "--reference", "--profile", str(folder), "--out", str(path), *SHORT)
-    assert row["images/s"]["median"] * row["ms a step"]["median"] == pytest.approx(1000 * row["batch"])
+    switch = "--switch=--save-freq 1 --output-dir a/../b"
+    argv = ["--reference", "--profile", str(folder), "--out", str(path), switch, *SHORT]
+    (row,) = run_benchmark(tmp_path, "step", *argv)
+    assert row["images/s"]["median"] * row["ms/step"]["median"] == pytest.approx(1000 * row["batch"])
     assert row["first step s"] > 0
     assert row["speed-up"]["median"] > 0
     assert row["baseline images/s"]["median"] > 0
-    assert "aten::convolution_backward" in (folder / "slotcon_4.txt").read_text()
-    assert (folder / "slotcon_4.json.gz").read_bytes()[:2] == b"\x1f\x8b"
+    name = "slotcon_4_--save-freq_1_--output-dir_a_.._b"  # one file name, whatever the flags
+    assert "aten::convolution_backward" in (folder / f"{name}.txt").read_text()
+    assert (folder / f"{name}.json.gz").read_bytes()[:2] == b"\x1f\x8b"
     metadata = json.loads((tmp_path / "table.json").read_text())["metadata"]
     assert str(torch.__version__) in metadata["versions"]
     assert metadata["command"].startswith("scripts/benchmark.py step --out ")
@@ -65,12 +68,12 @@ def test_baseline_is_eager_and_contiguous_and_the_run_itself_channels_last() -> 
     baseline_args = main_pretrain.argparse.Namespace(**vars(args) | benchmark_training.BASELINE)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         run = benchmark_training.TimedRun(baseline_args, benchmark_loader.rendered_batch(args), memory_format)
-        method = run.run.method
+        method = run.training_run.method
         assert not set(method.compiled) & set(vars(method))  # where `compile_methods` stores compiled code
         before = method.encoder_q.state_dict()["conv1.weight"].clone()
         maps: list[torch.Tensor] = []
         method.encoder_q.layer1.register_forward_hook(lambda module, inputs, output, maps=maps: maps.append(output))
-        run.take(2)
+        run.run_steps(2)
         assert len(maps) == 4
         assert all(features.is_contiguous(memory_format=memory_format) for features in maps)
         assert (method.encoder_q.state_dict()["conv1.weight"] != before).any()
@@ -130,34 +133,43 @@ def test_loader_has_rows_for_the_parts_and_for_the_workers(
     monkeypatch.setattr(benchmark_loader, "MIN_SECONDS", 0.0)
     argv = ["--data-dir", str(images), "--images", "2", "--workers", "0", "1"]
     rows = run_benchmark(tmp_path, "loader", *argv)
-    parts = ["worker (decode, crop, resize)", "decode", "torchvision on Pillow images", "color on cpu"]
-    names = [(part, None) for part in parts] + [("loader with color", 0), ("loader with color", 1)]
+    parts = ["worker (decode, crop, resize)", "decode", "torchvision on Pillow images", "color augmentation on cpu"]
+    names = [(part, None) for part in parts] + [
+        ("loader and color augmentation", 0),
+        ("loader and color augmentation", 1),
+    ]
     assert [(row["part"], row.get("workers")) for row in rows] == names
     for row in rows:
-        assert row["images/s"]["p25"] * row["ms an image"]["p75"] == pytest.approx(1000)
+        assert row["images/s"]["p25"] * row["ms/image"]["p75"] == pytest.approx(1000)
 
 
 def test_end_to_end_compares_with_the_step_alone(tmp_path: Path, images: Path) -> None:
     (row,) = run_benchmark(tmp_path, "end-to-end", "--data-dir", str(images), *SHORT)
     assert row["workers"] == 1
-    assert row["% of step alone"] == pytest.approx(100 * row["images/s"] / row["step alone images/s"])
-    assert 0 < row["% waiting"] < 100
+    assert row["% of step-only"] == pytest.approx(100 * row["images/s"] / row["step-only images/s"])
+    assert 0 < row["data wait %"] < 100
 
 
-def test_every_method_batch_size_and_switch_has_a_row_and_memory_that_runs_out_ends_one(
+def test_every_combination_of_method_batch_size_and_switch_has_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(args: Any, options: Any, name: str) -> list[dict[str, Any]]:
-        if args.batch_size == 4:
-            raise torch.OutOfMemoryError
-        return [{"images/s": args.clip_grad}]
-
-    monkeypatch.setitem(benchmark.COMMANDS, "step", (measure, ""))
+    monkeypatch.setitem(benchmark.COMMANDS, "step", (lambda args, *_: [{"images/s": args.clip_grad}], ""))
     argv = ["--methods", "slotcon", "slotfa", "--batch-sizes", "2", "4", "--switch=", "--switch=--clip-grad 1"]
     rows = run_benchmark(tmp_path, "step", *argv)
     names = [(row["method"], row["batch"], row["switch"]) for row in rows]
     assert names == list(product(("slotcon", "slotfa"), (2, 4), ("", "--clip-grad 1")))
-    assert [row["images/s"] for row in rows] == 2 * [0, 1, "out of memory", "out of memory"]
+    assert [row["images/s"] for row in rows] == 4 * [0, 1]
+
+
+def test_run_out_of_memory_does_not_end_the_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(args: Any, options: Any, name: str) -> list[dict[str, Any]]:
+        if args.batch_size == 4:
+            raise torch.OutOfMemoryError
+        return [{"images/s": 1}]
+
+    monkeypatch.setitem(benchmark.COMMANDS, "step", (measure, ""))
+    rows = run_benchmark(tmp_path, "step", "--batch-sizes", "2", "4", "6")
+    assert [row["images/s"] for row in rows] == [1, "out of memory", 1]
 
 
 @pytest.mark.parametrize(
@@ -191,4 +203,4 @@ def test_two_ranks_share_the_batch_and_rank_0_prints(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     assert written["metadata"]["device"].startswith("2 x CPU")
     (row,) = written["rows"]
-    assert row["images/s"]["median"] * row["ms a step"]["median"] == pytest.approx(1000 * 4)
+    assert row["images/s"]["median"] * row["ms/step"]["median"] == pytest.approx(1000 * 4)
