@@ -25,7 +25,7 @@ from transfer.figures.page import build_page
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.tsne import draw_tsne
 from transfer.figures.usage import draw_usage
-from transfer.trained_slots import TrainedSlots, load_slots
+from transfer.slot_model import SlotModel, load_slot_model
 from utils import checkpoint, distributed
 from utils.config import at_least, between, make_parser
 from utils.device import choose_device, loader_workers
@@ -154,13 +154,13 @@ def check_outputs(args: argparse.Namespace) -> None:
             check_writable(flag, path, args.overwrite, folder=flag == "--export")
 
 
-def load_model(args: argparse.Namespace, train_args: Mapping[str, Any]) -> TrainedSlots:
+def load_model(args: argparse.Namespace, train_args: Mapping[str, Any]) -> SlotModel:
     """Load the slots of --model-path, and verify the sizes and prototypes that the flags name.
 
     Raises:
         UsageError: the file has no slots, or other sizes.
     """
-    model = load_slots(args.model_path, args.encoder, args.output_stride)
+    model = load_slot_model(args.model_path, args.encoder, args.output_stride)
     count, width = model.prototypes.shape
     actual = {
         "arch": infer_arch(model.encoder.state_dict(), str(args.model_path)),
@@ -208,7 +208,7 @@ def sample_sorted(candidates: Sequence[int], count: int, seed: int) -> list[int]
 
 
 def compute_stats(
-    args: argparse.Namespace, extractor: FeatureExtractor, model: TrainedSlots, indices: Sequence[int]
+    args: argparse.Namespace, extractor: FeatureExtractor, model: SlotModel, indices: Sequence[int]
 ) -> PrototypeStats:
     """Apply the model to all images, collect the statistics of the prototypes, and write the export."""
     stats = PrototypeStats(model.prototypes, model.grouping.temperature, args.topk)
@@ -218,7 +218,7 @@ def compute_stats(
         if export:
             export.write_batch(batch)
     if export:
-        metadata = {"model": args.model_path.name, "encoder": args.encoder or "teacher", "dataset": args.dataset}
+        metadata = {"model": args.model_path.name, "encoder": model.which, "dataset": args.dataset}
         metadata |= {"image_size": extractor.crops.size, "output_stride": args.output_stride}
         export.write_summary(stats, metadata | {"temperature": stats.temperature})
     return stats
@@ -246,7 +246,8 @@ def draw_stats(args: argparse.Namespace, extractor: FeatureExtractor, stats: Pro
 def describe(args: argparse.Namespace, extractor: FeatureExtractor, num_images: int) -> str:
     """Return model, number of images, dataset and image size in one line."""
     path = args.model_path.absolute()
-    model = shorten(f"{path.parent.name}/{path.name}", 44) + (" (student)" if args.encoder == "student" else "")
+    student = " (student)" if extractor.model.which == "student" else ""
+    model = shorten(f"{path.parent.name}/{path.name}", 44) + student
     images = f"{num_images:,} {'image' if num_images == 1 else 'images'}"
     return f"{model} · {images} of {args.dataset}, {extractor.crops.size} px"
 

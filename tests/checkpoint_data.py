@@ -2,6 +2,7 @@
 
 import argparse
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,16 @@ import torchvision
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+
+
+class CodeInPickle:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def random_weights(shapes: dict[str, torch.Size], seed: int) -> Weights:

@@ -1,4 +1,4 @@
-"""Small data sets in the layouts of COCO and Cityscapes, as detectron2 reads them."""
+"""Small datasets in the layouts of COCO and Cityscapes, as detectron2 reads them."""
 
 import json
 from pathlib import Path

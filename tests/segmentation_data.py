@@ -1,4 +1,4 @@
-"""Small data sets in the layouts of VOC, Cityscapes and ADE20K, and config overrides for fast runs on a CPU."""
+"""Small datasets in the layouts of VOC, Cityscapes and ADE20K, and config overrides for fast runs on a CPU."""
 
 from pathlib import Path
 

@@ -40,7 +40,7 @@ from utils.errors import UsageError
 
 Captured = pytest.CaptureFixture[str]
 Converted = Callable[[str], Path]
-Refused = Callable[..., str]
+FailingConvert = Callable[..., str]
 
 ROOT = Path(__file__).parents[1]
 SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "mmseg": ".pth", "safetensors": ".safetensors"}
@@ -116,8 +116,8 @@ def converted(source: Path, folder: Path) -> Converted:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: Captured) -> Refused:
-    """Run, expect status 2, one line on stderr, and every file in `tmp_path` as it was; return the line."""
+def convert_expecting_usage_error(tmp_path: Path, capsys: Captured) -> FailingConvert:
+    """Run the command, expect a usage error and unchanged files in `tmp_path`, and return the error's line."""
 
     def files() -> dict[Path, tuple[int, int]]:
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tmp_path.rglob("*")}
@@ -235,7 +235,7 @@ def test_views_and_shared_tensors_are_written_as_copies(tmp_path: Path) -> None:
 # The frameworks load it.
 
 
-def test_torchvision_loads_it(converted: Converted) -> None:
+def test_torchvision_loads_converted_resnet(converted: Converted) -> None:
     network = torchvision.models.resnet18(num_classes=3)
     weights = torch.load(converted("torchvision"), weights_only=True)["state_dict"]
     mismatch = network.load_state_dict(weights, strict=False)
@@ -244,14 +244,14 @@ def test_torchvision_loads_it(converted: Converted) -> None:
 
 
 @pytest.mark.parametrize("target", ["timm", "torchvision", "safetensors"])
-def test_timm_loads_it(target: str, converted: Converted) -> None:
+def test_timm_loads_converted_resnet(target: str, converted: Converted) -> None:
     timm = pytest.importorskip("timm")
     network = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(converted(target)))
     assert_equal(network.state_dict(), TEACHER)
 
 
 @pytest.mark.parametrize("target", ["timm", "safetensors"])
-def test_timm_loads_a_vit(target: str, tmp_path: Path, capsys: Captured) -> None:
+def test_timm_loads_converted_vit(target: str, tmp_path: Path, capsys: Captured) -> None:
     timm = pytest.importorskip("timm")
     torch.save(vit_weights(1), tmp_path / "in.pth")
     out = convert_file(tmp_path / "in.pth", tmp_path / f"out{SUFFIX[target]}", "--to", target, "--verify")
@@ -260,7 +260,7 @@ def test_timm_loads_a_vit(target: str, tmp_path: Path, capsys: Captured) -> None
     assert "verified" in capsys.readouterr().out
 
 
-def test_mmseg_loads_it(converted: Converted) -> None:
+def test_mmseg_loads_converted_resnet(converted: Converted) -> None:
     mmseg_models = pytest.importorskip("mmseg.models")
     from mmengine.runner.checkpoint import load_checkpoint
 
@@ -269,7 +269,7 @@ def test_mmseg_loads_it(converted: Converted) -> None:
     assert_equal(network.state_dict(), TEACHER)
 
 
-def test_detectron2_loads_it_below_its_feature_pyramid(converted: Converted) -> None:
+def test_detectron2_loads_converted_resnet_below_the_feature_pyramid(converted: Converted) -> None:
     detector = nn.Module()
     detector.backbone = detectron2_backbone(18)
     from detectron2.checkpoint import DetectionCheckpointer
@@ -285,7 +285,7 @@ def test_detectron2_loads_it_below_its_feature_pyramid(converted: Converted) -> 
 @pytest.mark.parametrize(
     ("target", "installed"), [(target, True) for target in FORMATS] + [(target, False) for target in FRAMEWORKS]
 )
-def test_conversion_is_verified_by_the_network_of_its_framework_if_it_is_installed(
+def test_conversion_is_verified_by_an_installed_frameworks_network(
     target: str, installed: bool, source: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     if installed and target in FRAMEWORKS:
@@ -307,7 +307,13 @@ def test_conversion_is_verified_by_the_network_of_its_framework_if_it_is_install
 
 @pytest.mark.parametrize("key", ["color_order", "colour_order"])
 def test_network_gets_the_input_that_its_provenance_asks_for(
-    key: str, source: Path, converted: Converted, images: Path, tmp_path: Path, capsys: Captured, refused: Refused
+    key: str,
+    source: Path,
+    converted: Converted,
+    images: Path,
+    tmp_path: Path,
+    capsys: Captured,
+    convert_expecting_usage_error: FailingConvert,
 ) -> None:
     """BGR of twice the levels, by the key's present name and by its name in files of before."""
     weights, provenance = read_back(converted("detectron2"), "detectron2")
@@ -319,7 +325,7 @@ def test_network_gets_the_input_that_its_provenance_asks_for(
     convert_file(source, tmp_path / "out.pkl", "--verify", str(images / "00.jpg"))
     assert "verified" in capsys.readouterr().out
     write_again(tmp_path / "wrong.pkl", "detectron2", weights, provenance | {key: "RGB"})
-    assert "differ" in refused(source, tmp_path / "wrong.pkl", "--verify")
+    assert "differ" in convert_expecting_usage_error(source, tmp_path / "wrong.pkl", "--verify")
 
 
 # --verify fails.
@@ -348,14 +354,19 @@ FAULTS: dict[str, tuple[Callable[[Weights], object], tuple[str, ...]]] = {
     ("target", "fault"), [("detectron2", fault) for fault in FAULTS] + [("timm", "student"), ("mmseg", "statistics")]
 )
 def test_fault_is_found(
-    target: str, fault: str, source: Path, converted: Converted, tmp_path: Path, refused: Refused
+    target: str,
+    fault: str,
+    source: Path,
+    converted: Converted,
+    tmp_path: Path,
+    convert_expecting_usage_error: FailingConvert,
 ) -> None:
     weights, provenance = read_back(converted(target), target)
     change, words = FAULTS[fault]
     change(weights)
     out = tmp_path / f"faulty{SUFFIX[target]}"
     write_again(out, target, weights, provenance)
-    line = refused(source, out, "--to", target, "--verify")
+    line = convert_expecting_usage_error(source, out, "--to", target, "--verify")
     assert all(word in line for word in (str(out), *words))
 
 
@@ -372,35 +383,49 @@ def test_new_file_that_was_not_verified_is_removed(
     assert not list(tmp_path.iterdir())
 
 
-def test_swapped_channels_of_a_vit_are_found(tmp_path: Path, refused: Refused) -> None:
+def test_swapped_channels_of_a_vit_are_found(tmp_path: Path, convert_expecting_usage_error: FailingConvert) -> None:
     torch.save(vit_weights(1), tmp_path / "in.pth")
     name = "patch_embed.proj.weight"
     torch.save(without_classifier(vit_weights(1)) | {name: vit_weights(1)[name].flip(1)}, tmp_path / "out.pth")
-    assert "channels" in refused(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "timm", "--verify")
+    assert "channels" in convert_expecting_usage_error(
+        tmp_path / "in.pth", tmp_path / "out.pth", "--to", "timm", "--verify"
+    )
 
 
 def test_file_for_another_framework_or_of_another_encoder_is_not_verified(
-    source: Path, converted: Converted, tmp_path: Path, refused: Refused
+    source: Path, converted: Converted, tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
-    assert "is made for timm, not for mmseg" in refused(source, converted("timm"), "--to", "mmseg", "--verify")
-    assert "those of the teacher" in refused(source, converted("torchvision"), "--encoder", "student", "--verify")
+    assert "is made for timm, not for mmseg" in convert_expecting_usage_error(
+        source, converted("timm"), "--to", "mmseg", "--verify"
+    )
+    assert "those of the teacher" in convert_expecting_usage_error(
+        source, converted("torchvision"), "--encoder", "student", "--verify"
+    )
     torch.save(vit_weights(1), tmp_path / "vit.pth")
-    line = refused(source, tmp_path / "vit.pth", "--verify")
+    line = convert_expecting_usage_error(source, tmp_path / "vit.pth", "--verify")
     assert "a vit_tiny_patch16_224, and" in line
     assert "is a resnet18" in line
 
 
-def test_file_that_its_framework_does_not_load_is_refused(source: Path, tmp_path: Path, refused: Refused) -> None:
+def test_file_that_its_framework_does_not_load_is_refused(
+    source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+) -> None:
     """With a classifier, which timm's strict loader refuses."""
     pytest.importorskip("timm")
     provenance = {"format": "timm", "source": "in.pth", "source_sha256": "", "encoder": "only"}
     torch.save({"state_dict": resnet18_weights(1), "provenance": provenance}, tmp_path / "out.pth")
-    assert "timm cannot load it" in refused(source, tmp_path / "out.pth", "--to", "timm", "--verify")
+    assert "timm cannot load it" in convert_expecting_usage_error(
+        source, tmp_path / "out.pth", "--to", "timm", "--verify"
+    )
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "huge"])
 def test_unreadable_image_is_refused_and_nothing_is_written(
-    kind: str, source: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    source: Path,
+    tmp_path: Path,
+    convert_expecting_usage_error: FailingConvert,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     image = tmp_path / "image.png"
     if kind == "text":
@@ -408,7 +433,9 @@ def test_unreadable_image_is_refused_and_nothing_is_written(
     elif kind == "huge":
         Image.new("RGB", (40, 40)).save(image)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert f"--verify {image}: cannot be read as an image" in refused(source, tmp_path / "out.pth", "--verify", image)
+    assert f"--verify {image}: cannot be read as an image" in convert_expecting_usage_error(
+        source, tmp_path / "out.pth", "--verify", image
+    )
 
 
 # Calls that are refused.
@@ -416,28 +443,34 @@ def test_unreadable_image_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize("target", ["timm", "detectron2", "safetensors"])
 def test_converted_file_is_not_converted_again(
-    target: str, converted: Converted, tmp_path: Path, refused: Refused
+    target: str, converted: Converted, tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
-    line = refused(converted(target), tmp_path / "out.pth")
+    line = convert_expecting_usage_error(converted(target), tmp_path / "out.pth")
     assert f"{converted(target)}: already converted to {target}" in line
 
 
-def test_existing_output_is_replaced_only_on_request(source: Path, tmp_path: Path, refused: Refused) -> None:
+def test_existing_output_is_replaced_only_on_request(
+    source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+) -> None:
     out = tmp_path / "out.pth"
     out.write_text("precious")
-    assert "already exists; use another path or --overwrite" in refused(source, out)
-    assert "no such file" in refused(tmp_path / "missing.pth", out, "--overwrite")
+    assert "already exists; use another path or --overwrite" in convert_expecting_usage_error(source, out)
+    assert "no such file" in convert_expecting_usage_error(tmp_path / "missing.pth", out, "--overwrite")
     convert_file(source, out, "--overwrite")
     assert_equal(read_back(out, "torchvision")[0], TEACHER)
-    assert "is a folder" in refused(source, tmp_path, "--overwrite", "--to", "torchvision")
-    assert f"the folder {tmp_path / 'none'} does not exist" in refused(source, tmp_path / "none" / "out.pth")
+    assert "is a folder" in convert_expecting_usage_error(source, tmp_path, "--overwrite", "--to", "torchvision")
+    assert f"the folder {tmp_path / 'none'} does not exist" in convert_expecting_usage_error(
+        source, tmp_path / "none" / "out.pth"
+    )
 
 
-def test_source_is_never_replaced_by_its_own_conversion(source: Path, tmp_path: Path, refused: Refused) -> None:
+def test_source_is_never_replaced_by_its_own_conversion(
+    source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+) -> None:
     shutil.copy(source, tmp_path / "current.pth")
     (tmp_path / "link.pth").symlink_to(tmp_path / "current.pth")
     for out in ("current.pth", "link.pth"):
-        assert "is IN itself" in refused(tmp_path / "current.pth", tmp_path / out, "--overwrite")
+        assert "is IN itself" in convert_expecting_usage_error(tmp_path / "current.pth", tmp_path / out, "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -451,27 +484,29 @@ def test_source_is_never_replaced_by_its_own_conversion(source: Path, tmp_path: 
     ],
 )
 def test_suffix_of_another_framework_is_refused(
-    name: str, target: str, better: str, source: Path, tmp_path: Path, refused: Refused
+    name: str, target: str, better: str, source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
-    assert f"name it {better}" in refused(source, tmp_path / name, "--to", target)
+    assert f"name it {better}" in convert_expecting_usage_error(source, tmp_path / name, "--to", target)
 
 
 @pytest.mark.parametrize("target", ["torchvision", "detectron2", "mmseg"])
-def test_framework_without_vits_is_refused_for_a_vit(target: str, tmp_path: Path, refused: Refused) -> None:
+def test_framework_without_vits_is_refused_for_a_vit(
+    target: str, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+) -> None:
     torch.save(vit_weights(1), tmp_path / "in.pth")
-    line = refused(tmp_path / "in.pth", tmp_path / f"out{SUFFIX[target]}", "--to", target)
+    line = convert_expecting_usage_error(tmp_path / "in.pth", tmp_path / f"out{SUFFIX[target]}", "--to", target)
     assert f"--to {target} has no vit_tiny_patch16_224; use transfer/convert.py --to timm or safetensors" in line
 
 
 def test_full_disk_leaves_the_old_file(
-    source: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     (tmp_path / "out.pkl").write_text("precious")
-    line = refused(source, tmp_path / "out.pkl", "--overwrite")
+    line = convert_expecting_usage_error(source, tmp_path / "out.pkl", "--overwrite")
     assert f"{tmp_path / 'out.pkl'}: cannot be written (No space left on device)" in line
     assert (tmp_path / "out.pkl").read_text() == "precious"
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torchvision import models as torchvision_models
 
+from tests.checkpoint_data import CodeInPickle
 from tests.detection_data import make_cityscapes, make_coco
 from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
@@ -155,7 +156,7 @@ def test_unavailable_devices_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     args = train_net.parse_args(["--config-file", SLOTCON, *flags])
     with pytest.raises(UsageError, match=message):
-        d2_config.choose_device(device_config(amp), args)
+        d2_config.configure_device(device_config(amp), args)
 
 
 def device_config(amp: bool = False) -> Any:
@@ -167,11 +168,11 @@ def device_config(amp: bool = False) -> Any:
 def test_number_of_processes_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     cfg, flags = device_config(), ["--config-file", SLOTCON]
-    assert d2_config.choose_device(cfg, train_net.parse_args([*flags, "--num-gpus", "4"])) == (4, [])
+    assert d2_config.configure_device(cfg, train_net.parse_args([*flags, "--num-gpus", "4"])) == (4, [])
     machines = ["--num-gpus", "4", "--num-machines", "2", "--dist-url", "tcp://first:1"]
-    assert d2_config.choose_device(cfg, train_net.parse_args([*flags, *machines])) == (8, [])
+    assert d2_config.configure_device(cfg, train_net.parse_args([*flags, *machines])) == (8, [])
     assert cfg.MODEL.DEVICE == "cuda"
-    assert d2_config.choose_device(cfg, train_net.parse_args([*flags, "--num-gpus", "0"]))[0] == 1
+    assert d2_config.configure_device(cfg, train_net.parse_args([*flags, "--num-gpus", "0"]))[0] == 1
     assert cfg.MODEL.DEVICE == "cpu"
 
 
@@ -190,12 +191,12 @@ def test_missing_data_is_reported_with_the_link_to_create(tmp_path: Path, monkey
 
 def test_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     cfg = SimpleNamespace(OUTPUT_DIR=str(tmp_path / "run"))
-    d2_config.check_output_dir(cfg, continues=False)
+    d2_config.check_output_dir(cfg, resume_or_eval=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/last_checkpoint").write_text("model_0004999.pth")
     with pytest.raises(UsageError, match="already contains a run; add --resume"):
-        d2_config.check_output_dir(cfg, continues=False)
-    d2_config.check_output_dir(cfg, continues=True)
+        d2_config.check_output_dir(cfg, resume_or_eval=False)
+    d2_config.check_output_dir(cfg, resume_or_eval=True)
     with pytest.raises(UsageError, match=r"OUTPUT_DIR .* is not a folder"):
         d2_config.check_output_dir(SimpleNamespace(OUTPUT_DIR=str(tmp_path / "run/last_checkpoint/run")), False)
 
@@ -246,16 +247,6 @@ def test_all_backbone_tensors_come_from_the_file(resnet18: torchvision_models.Re
             d2_weights.check_loaded(file, changed)
     with pytest.raises(UsageError, match=r"backbone.fpn_output2.weight is missing; give a detector of this config"):
         d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=True), model_of(state))
-
-
-class CodeInPickle:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.path,)
 
 
 def replace(state: dict[str, Any], name: str, array: np.ndarray | None) -> dict[str, Any]:

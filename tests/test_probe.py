@@ -1,4 +1,4 @@
-"""Segmentation probes: metrics, classifiers, data set layouts, the feature cache, the commands and their errors."""
+"""Segmentation probes: metrics, classifiers, dataset layouts, the feature cache, the commands and their errors."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from data.demo import render_scene
 from tests.helpers import run_expecting_usage_error
 from tests.probe_data import VOID, make_folder, save_checkpoint, write_image
 from tests.reference import segmentation_scores as reference
-from transfer.encoders import build_network, untrained_encoder
+from transfer.encoders import build_frozen_encoder, untrained_encoder
 from transfer.probe import cocostuff, knn_segmentation, labeled_features, linear_segmentation, unsupervised_segmentation
 from transfer.probe.knn_segmentation import KNNIndex
 from transfer.probe.labeled_features import LAYOUTS, LabeledFeatures, SegmentationDataset, extract_features
@@ -146,9 +146,9 @@ def as_features(maps: Array, labels: Array) -> LabeledFeatures:
     return LabeledFeatures(maps.astype(np.float16), labels.astype(np.uint8))
 
 
-def one_hot(labels: Array, classes: int, cell: int = 1) -> LabeledFeatures:
-    """Features that equal the one-hot labels (N, h, w) of their cells, each `cell` pixels wide; zero for void."""
-    return as_features(np.eye(VOID + 1)[labels][..., :classes], labels.repeat(cell, axis=1).repeat(cell, axis=2))
+def one_hot(labels: Array, classes: int, side: int = 1) -> LabeledFeatures:
+    """Features that equal the one-hot labels (N, h, w) of their positions, each `side` pixels wide; zero for void."""
+    return as_features(np.eye(VOID + 1)[labels][..., :classes], labels.repeat(side, axis=1).repeat(side, axis=2))
 
 
 def blobs(seed: int = 0) -> LabeledFeatures:
@@ -162,23 +162,23 @@ def blobs(seed: int = 0) -> LabeledFeatures:
 
 @properties
 @given(st.integers(1, 11), st.data())
-def test_class_shares_equal_loops(size: int, data: st.DataObject) -> None:
+def test_soft_labels_equal_loops(size: int, data: st.DataObject) -> None:
     height, width = (data.draw(st.integers(1, size)) for _ in range(2))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     labels = rng.choice([0, 1, 2, VOID], (2, size, size))
-    shares = as_features(np.zeros((2, height, width, 1)), labels).class_shares(4)
+    soft_labels = as_features(np.zeros((2, height, width, 1)), labels).soft_labels(4)
     # float32 against float64: one rounding of a share of at most 1
-    np.testing.assert_allclose(shares, reference.cell_shares(labels, height, width, 4), atol=1.2e-7)
+    np.testing.assert_allclose(soft_labels, reference.soft_labels(labels, height, width, 4), atol=1.2e-7)
 
 
 @pytest.mark.parametrize(
     "features",
     [
         one_hot(np.random.default_rng(0).choice([0, 1, 2, 3, VOID], (6, 12, 12)), 4),
-        # Rows of one class: bilinear interpolation moves no border where cells of 4 pixels meet.
-        one_hot(np.random.default_rng(1).choice([0, 1, 2, 3], (6, 8, 1)).repeat(8, axis=2), 4, cell=4),
+        # Rows of one class: bilinear interpolation moves no border where positions of 4 pixels meet.
+        one_hot(np.random.default_rng(1).choice([0, 1, 2, 3], (6, 8, 1)).repeat(8, axis=2), 4, side=4),
     ],
-    ids=["one pixel a cell", "4 x 4 pixels a cell"],
+    ids=["one pixel per position", "4 x 4 pixels per position"],
 )
 def test_perfect_features_score_100_in_every_probe(features: LabeledFeatures) -> None:
     classifier = fit_linear(features, 4, steps=150, lr=0.05, seed=0, device=CPU)
@@ -201,49 +201,49 @@ def test_linear_probe_standardizes_channels_separates_blobs_and_is_reproducible(
     features.labels[:, :void_rows] = VOID
     classifier = fit_linear(features, 3, steps=200, lr=0.05, seed=0, device=CPU)
     assert compute_scores(dataset_confusion(blobs(1), classifier, 3)).accuracy > 99
-    cells = features.maps.reshape(-1, 4).astype(np.float64)
-    np.testing.assert_allclose(classifier.mean, cells.mean(axis=0), rtol=2.4e-7)  # rounded to float32
+    positions = features.maps.reshape(-1, 4).astype(np.float64)
+    np.testing.assert_allclose(classifier.mean, positions.mean(axis=0), rtol=2.4e-7)  # rounded to float32
     # The squares of channel 0, mean 1200 and deviation 300, lose 5 bits of float64.
-    np.testing.assert_allclose(classifier.scale[:3], 1 / cells.std(axis=0)[:3], rtol=1e-5)
+    np.testing.assert_allclose(classifier.scale[:3], 1 / positions.std(axis=0)[:3], rtol=1e-5)
     assert classifier.scale[3] == 0
     again, other = (fit_linear(features, 3, steps=200, lr=0.05, seed=seed, device=CPU) for seed in (0, 1))
     assert torch.equal(classifier.weight, again.weight)
     assert not torch.equal(classifier.weight, other.weight)
 
 
-def test_linear_probe_learns_the_class_shares_of_mixed_cells() -> None:
-    """A quarter of the 4 x 4 pixels of one kind of cell is of class 0, and three quarters of the other kind."""
+def test_linear_probe_learns_the_soft_labels_of_mixed_positions() -> None:
+    """A quarter of the 4 x 4 pixels of one kind of position is of class 0, and three quarters of the other kind."""
     kinds = np.random.default_rng(0).integers(2, size=(4, 6, 6))
     rows = np.arange(24)[:, None] % 4
     labels = np.where(rows < np.where(kinds, 3, 1).repeat(4, axis=1).repeat(4, axis=2), 0, 1)
     classifier = fit_linear(as_features(np.eye(2)[kinds], labels), 2, steps=300, lr=0.05, seed=0, device=CPU)
-    shares = classifier(torch.eye(2)[:, :, None]).softmax(dim=0)[0, :, 0]
-    torch.testing.assert_close(shares, torch.tensor([0.25, 0.75]), atol=0.01, rtol=0)
+    soft_labels = classifier(torch.eye(2)[:, :, None]).softmax(dim=0)[0, :, 0]
+    torch.testing.assert_close(soft_labels, torch.tensor([0.25, 0.75]), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("neighbors", [1, 4, 200])
 def test_knn_votes_equal_loops(neighbors: int) -> None:
     rng = np.random.default_rng(0)
     train = as_features(rng.normal(size=(3, 4, 4, 5)), rng.choice([0, 1, 2, VOID], (3, 8, 8)))
-    shares = reference.cell_shares(train.labels, 4, 4, 3).reshape(-1, 3)
-    labeled = shares.sum(axis=1) > 0
+    soft_labels = reference.soft_labels(train.labels, 4, 4, 3).reshape(-1, 3)
+    labeled = soft_labels.sum(axis=1) > 0
     index = KNNIndex.build(train, 3, 1000, neighbors, 0.1, 0, CPU)
     assert len(index.keys) == labeled.sum()
     keys = train.maps.reshape(-1, 5).astype(np.float64)[labeled]
-    cells = rng.normal(size=(5, 2, 3))
-    votes = index(torch.from_numpy(cells).float())
+    positions = rng.normal(size=(5, 2, 3))
+    votes = index(torch.from_numpy(positions).float())
     for y, x in np.ndindex(2, 3):
-        expected = reference.votes(cells[:, y, x], keys, shares[labeled], neighbors, 0.1)
+        expected = reference.votes(positions[:, y, x], keys, soft_labels[labeled], neighbors, 0.1)
         # float32 cosines are off by about 5 eps, which the temperature multiplies by 10
         np.testing.assert_allclose(votes[:, y, x], expected, atol=2e-5)
 
 
-def test_knn_index_draws_distinct_labeled_cells_by_its_seed() -> None:
+def test_knn_index_draws_distinct_labeled_positions_by_its_seed() -> None:
     labels = np.random.default_rng(0).choice([0, 1, 2, VOID], (4, 6, 6))
     numbers = np.stack([np.cos(np.arange(144)), np.sin(np.arange(144))], axis=1).reshape(4, 6, 6, 2)
     first, again, other = (KNNIndex.build(as_features(numbers, labels), 3, 20, 3, 0.1, s, CPU) for s in (0, 0, 1))
     assert len(first.keys.unique(dim=0)) == 20
-    assert (first.shares.sum(dim=1) == 1).all()
+    assert (first.soft_labels.sum(dim=1) == 1).all()
     assert torch.equal(first.keys, again.keys)
     assert not torch.equal(first.keys, other.keys)
 
@@ -262,7 +262,7 @@ def test_kmeans_finds_blobs_by_direction_and_is_reproducible() -> None:
     torch.testing.assert_close(centers, fit_kmeans(features, 4, seed=3))
 
 
-# Data sets
+# Datasets
 
 LAYOUT_FILES = {  # images, masks, splits, values of a mask, its labels, number of classes
     "folder": ("{}/images/{}.png", "{}/masks/{}.png", ("train", "val"), [0, 1, 2, 255], [0, 1, 2, VOID], 3),
@@ -454,7 +454,7 @@ def extract(network: Any, root: Path, cache: Path, size: int = 64, count: int = 
 
 
 def test_features_equal_those_of_each_image_alone(folder: Path, tmp_path: Path) -> None:
-    network = build_network(untrained_encoder("resnet18", 0))
+    network = build_frozen_encoder(untrained_encoder("resnet18", 0))
     features = extract(network, folder, tmp_path)
     assert (features.maps.shape, features.maps.dtype) == ((4, 2, 2, 512), np.float16)
     assert (features.labels.shape, features.labels.dtype) == ((4, 64, 64), np.uint8)
@@ -467,8 +467,8 @@ def test_features_equal_those_of_each_image_alone(folder: Path, tmp_path: Path) 
         atol = 1e-4 * float(expected.abs().max())
         np.testing.assert_allclose(features.maps[number], expected.numpy(), rtol=2**-10, atol=atol)
         assert np.array_equal(features.labels[number], labels)
-    cells = features.cells(np.array([5, 0, 13]))
-    assert np.array_equal(cells, features.maps[[1, 0, 3], [0, 0, 0], [1, 0, 1]].astype(np.float32))
+    positions = features.positions(np.array([5, 0, 13]))
+    assert np.array_equal(positions, features.maps[[1, 0, 3], [0, 0, 0], [1, 0, 1]].astype(np.float32))
 
 
 def test_cache_is_used_only_for_the_same_network_and_images(tmp_path: Path) -> None:
@@ -566,7 +566,7 @@ def run_probe(name: str, source: object, root: Path, out: Path, *flags: object) 
     ("name", "flags", "protocols"),
     [
         ("linear", ["--steps", "20"], ["linear probe"]),
-        ("knn", ["--memory", "50"], ["nearest neighbors"]),
+        ("knn", ["--memory", "50"], ["k-NN"]),
         ("unsupervised", [], ["Hungarian, one to one", "majority, many to one"]),
     ],
 )
@@ -755,7 +755,7 @@ def test_label_beyond_the_classes_and_missing_listed_image_are_named(tmp_path: P
     with pytest.raises(UsageError, match=rf"{mask}: holds the value 200; 21 classes"):
         SegmentationDataset("voc", tmp_path, "train", 4)[1]
     (tmp_path / "JPEGImages/b.jpg").unlink()
-    with pytest.raises(UsageError, match=r"b\.jpg: listed in the data set"):
+    with pytest.raises(UsageError, match=r"b\.jpg: listed in the dataset"):
         SegmentationDataset("voc", tmp_path, "train", 4)
 
 

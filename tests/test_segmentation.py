@@ -13,6 +13,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
+from tests.checkpoint_data import CodeInPickle
 from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import CONFIGS, SEGMENTATION, VOC_CONFIG, make_data, small_run
 
@@ -232,16 +233,6 @@ def test_folder_with_a_run_is_not_overwritten(fine_tuned: Path, pretrained: Path
     files = sorted(fine_tuned.rglob("*"))
     assert "--resume" in run_expecting_usage_error(train.main, command(VOC_CONFIG, pretrained, fine_tuned), capsys)
     assert sorted(fine_tuned.rglob("*")) == files
-
-
-class CodeInPickle:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
 
 
 def test_checkpoint_with_code_is_refused(pretrained: Path, tmp_path: Path, capsys: CAPSYS) -> None:

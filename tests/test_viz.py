@@ -36,7 +36,7 @@ from transfer.figures.regions import (
     region_side,
 )
 from transfer.figures.strips import render_strips
-from transfer.trained_slots import load_slots
+from transfer.slot_model import load_slot_model
 from utils.files import link_or_copy
 from utils.visualization import normalize
 
@@ -227,7 +227,7 @@ def extractor(checkpoints: Path, images: Path) -> FeatureExtractor:
     path = checkpoints / "current.pth"
     args = viz_slots.parse_args(command(path, "--data-dir", str(images), "--dataset", "folder"))
     crops = CenterCrops(viz_slots.find_images(args, {}), SIZE)
-    return FeatureExtractor(load_slots(path), crops, torch.device("cpu"), 16, 0)
+    return FeatureExtractor(load_slot_model(path), crops, torch.device("cpu"), 16, 0)
 
 
 def test_strips_show_the_region_in_each_nearest_image(extractor: FeatureExtractor) -> None:
@@ -303,7 +303,7 @@ def test_figure_of_unused_prototypes(flags: list[str], checkpoint: Path, tmp_pat
 def test_exported_files_equal_the_outputs_of_the_model(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     arrays = export(checkpoint, folder)
-    model = load_slots(checkpoint)
+    model = load_slot_model(checkpoint)
     _, scores = model(normalize(read_crops(images) / 255))
     masks = F.interpolate(scores, (SIZE, SIZE), mode="bilinear", align_corners=False).argmax(dim=1)
     rows = list(csv.DictReader((folder / "images.csv").open()))

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transfer.encoders import EncoderWeights, read_encoder
-from transfer.formats import FORMATS, write
+from transfer.formats import FORMATS, write_converted
 from transfer.verify import load_image, verify
 from utils import distributed
 from utils.config import make_parser
@@ -36,19 +36,21 @@ def _parse_args(argv: Sequence[str] | None, target: str | None) -> argparse.Name
         parser.add_argument(
             "--to",
             choices=tuple(FORMATS),
-            help="framework (default by the suffix of OUT: .pkl detectron2, .safetensors, otherwise torchvision)",
+            help="target format (default: by the suffix of OUT: detectron2 for .pkl, safetensors for .safetensors, "
+            "otherwise torchvision)",
         )
     parser.add_argument(
         "--encoder",
         choices=("teacher", "student"),
-        help="which of two encoders (default: the teacher, where there are two)",
+        help="which encoder to use (default: the teacher, if there are two)",
     )
     parser.add_argument(
         "--verify",
         metavar="IMAGE",
         nargs="?",
         const="",
-        help="compare the features of IN and OUT on IMAGE (default: a rendered scene); an existing OUT is not changed",
+        help="compare the features of IN and OUT on IMAGE (default: a rendered scene); an existing OUT is only "
+        "compared, unless --overwrite is given",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
@@ -67,7 +69,7 @@ def convert(args: argparse.Namespace) -> None:
     if writes:
         encoder = read_encoder(args.input, args.encoder)
         _check_output(args, encoder)
-        write(args.output, encoder, args.to)
+        write_converted(args.output, encoder, args.to)
     if image is not None:
         try:
             comparison = verify(args.input, args.output, args.encoder, image, args.to)

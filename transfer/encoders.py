@@ -1,4 +1,4 @@
-"""Read the encoder from any checkpoint: find it, infer its architecture from its shapes, and build it."""
+"""Read the encoder of any checkpoint, infer its architecture from names and shapes, and build it."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from utils.checkpoint import Weights
 from utils.errors import UsageError
 
 PROVENANCE = "provenance"
-"""The key of a converted file's provenance."""
+"""The key of the provenance in a converted file."""
 
 _REQUIRED_PROVENANCE = ("format", "source", "encoder", "source_sha256")
 _DEFAULT_INPUT = {"color_order": "RGB", "mean": list(MEAN), "std": list(STD)}
@@ -34,8 +34,8 @@ class EncoderWeights:
     arch: str
     """One of `models.backbones.ARCHITECTURES`."""
     provenance: dict[str, Any]
-    """Source file and its SHA-256, which of its encoders this is, method and epoch if known, and the network's input:
-    color order, and mean and standard deviation of levels in 0..1."""
+    """`source` (file name), `source_sha256`, `encoder` (`teacher`, `student`, `only` or `untrained`), `arch`, `method`
+    and `epoch` if known, and the expected input: `color_order`, and `mean` and `std` of pixel values in [0, 1]."""
 
 
 def load_encoder(path: Path | str, which: str | None = None, output_stride: int = 32) -> nn.Module:
@@ -45,15 +45,15 @@ def load_encoder(path: Path | str, which: str | None = None, output_stride: int 
 
     Args:
         which: `teacher` or `student`; None for the teacher where the file has both.
-        output_stride: pixels for each cell of a ResNet's map, below 32 by dilation; a ViT's stride is its patch size.
+        output_stride: pixels per position of a ResNet's map, below 32 by dilation; a ViT's stride is its patch size.
 
     Raises:
         UsageError: as `read_encoder`, or the architecture cannot have this output stride.
     """
-    return build_network(read_encoder(path, which), output_stride)
+    return build_frozen_encoder(read_encoder(path, which), output_stride)
 
 
-def build_network(encoder: EncoderWeights, output_stride: int = 32) -> nn.Module:
+def build_frozen_encoder(encoder: EncoderWeights, output_stride: int = 32) -> nn.Module:
     """Return `encoder` as a frozen network in evaluation mode, with `.width` and `.stride`."""
     with torch.device("meta"):
         network = build_encoder(encoder.arch, output_stride)
@@ -62,7 +62,7 @@ def build_network(encoder: EncoderWeights, output_stride: int = 32) -> nn.Module
 
 
 def untrained_encoder(arch: str, seed: int) -> EncoderWeights:
-    """Return randomly initialized weights, as pre-training starts from them: the baseline of every probe."""
+    """Return randomly initialized weights, as at the start of pre-training: the baseline of every probe."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build_encoder(arch)
@@ -117,17 +117,18 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def infer_arch(weights: Weights, where: str) -> str:
-    """Return the architecture that has exactly these names and shapes.
+    """Return the architecture whose tensors have exactly these names and shapes.
 
     Args:
-        where: the file, as messages name it.
+        where: the file's name in error messages.
 
     Raises:
-        UsageError: there is none; it names the closest architecture and the first difference.
+        UsageError: there is none; the message names the closest architecture and the first difference.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     is_vit = any(name.startswith(("patch_embed.", "blocks.")) for name in weights)
-    patch = next(reversed(shapes.get("patch_embed.proj.weight", (16,))), 16)
+    shape = shapes.get("patch_embed.proj.weight", ())
+    patch = shape[-1] if shape else 16
     same_patch = [arch for arch in VITS if f"_patch{patch}_" in arch]
     candidates = (same_patch or VITS) if is_vit else RESNETS
     try:
@@ -161,11 +162,12 @@ def read_provenance(state: Mapping[str, Any]) -> dict[str, Any]:
     texts = [provenance.get("arch", ""), *(provenance.get(name) for name in _REQUIRED_PROVENANCE)]
     valid = all(isinstance(text, str) and text.isprintable() for text in texts)
     valid &= provenance.get("color_order", "RGB") in ("RGB", "BGR")
-    valid &= all(_is_level_per_channel(provenance.get(name, MEAN)) for name in ("mean", "std"))
+    valid &= all(_is_finite_triple(provenance.get(name, MEAN)) for name in ("mean", "std"))
     return provenance if valid else {}
 
 
-def _is_level_per_channel(levels: Any) -> bool:
+def _is_finite_triple(levels: Any) -> bool:
+    """Return whether a value is a list of three finite numbers, one per color channel."""
     numbers = isinstance(levels, (list, tuple)) and all(isinstance(level, (int, float)) for level in levels)
     return numbers and len(levels) == 3 and all(math.isfinite(level) for level in levels)
 

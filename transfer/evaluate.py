@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint on every data set that is linked, and write one table of the metrics."""
+"""Fine-tune a checkpoint on every dataset that is linked, and write one table of the metrics."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transfer.encoders import EncoderWeights, read_encoder
 from transfer.finetuning import FINE_TUNINGS, PUBLISHED, TRANSFER
-from transfer.formats import write
+from transfer.formats import write_converted
 from transfer.results import write_json
 from transfer.verify import load_image, verify
 from utils import distributed
@@ -27,7 +27,7 @@ from utils.errors import UsageError
 from utils.files import atomic_write_text, check_writable
 
 _CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
-"""Framework -> the format of `transfer.formats`, and the file in --out."""
+"""Task -> the format of `transfer.formats`, and the file in --out."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,15 +52,29 @@ def _raise_terminated(*_: object) -> NoReturn:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("Fine-tune a checkpoint on every data set that is linked, and write one table of the metrics.")
+    parser = make_parser("Fine-tune a checkpoint on every dataset that is linked, and write one table of the metrics.")
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", type=Path, help="any checkpoint that transfer/convert.py reads")
     add("--out", type=Path, help="folder of runs and tables (default: output/evaluation/, named after CKPT)")
-    add("--only", nargs="+", choices=tuple(FINE_TUNINGS), metavar="NAME", help=f"some of {', '.join(FINE_TUNINGS)}")
-    add("--seeds", type=at_least(1), default=1, help="number of runs of each; several give mean and standard deviation")
-    add("--gpus", type=at_least(0), default=torch.cuda.device_count(), help="number of GPUs; 0 for the CPU")
     add(
-        "--encoder", choices=("teacher", "student"), help="which encoder to use (default: the teacher, if there is one)"
+        "--only",
+        nargs="+",
+        choices=tuple(FINE_TUNINGS),
+        metavar="NAME",
+        help=f"fine-tunings to run (default: all): {', '.join(FINE_TUNINGS)}",
+    )
+    add(
+        "--seeds",
+        type=at_least(1),
+        default=1,
+        help="number of runs of each fine-tuning, with the seeds 0, 1, ...; the table shows mean and standard "
+        "deviation",
+    )
+    add("--gpus", type=at_least(0), default=torch.cuda.device_count(), help="number of GPUs, 0 for the CPU")
+    add(
+        "--encoder",
+        choices=("teacher", "student"),
+        help="which encoder to use (default: the teacher, if there are two)",
     )
     add(
         "--detection-options",
@@ -95,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> bool:
     if not available:
         raise UsageError(f"nothing can run here: {'; '.join(sorted(set(unavailable.values())))}")
     _prepare_folder(args, encoder)
-    _convert(args, encoder, {FINE_TUNINGS[name].framework for name in available})
+    _convert(args, encoder, {FINE_TUNINGS[name].task for name in available})
     runs = [(name, seed) for name in available for seed in range(args.seeds)]
     failed = []
     for number, (name, seed) in enumerate(runs, start=1):
@@ -146,18 +160,18 @@ def _prepare_folder(args: argparse.Namespace, encoder: EncoderWeights) -> None:
     write_json(record, {"checkpoint": encoder.provenance} | {name: vars(args)[name] for name in options})
 
 
-def _convert(args: argparse.Namespace, encoder: EncoderWeights, frameworks: set[str]) -> None:
-    """Convert the encoder for each framework, and compare the features of the result with the checkpoint's.
+def _convert(args: argparse.Namespace, encoder: EncoderWeights, tasks: set[str]) -> None:
+    """Convert the encoder for each task, and compare the features of the result with the checkpoint's.
 
     An existing file is compared as well, because the call that wrote it may have been interrupted before that.
 
     Raises:
         UsageError: a file cannot be written, or its features differ.
     """
-    for target, name in (_CONVERTED[framework] for framework in sorted(frameworks)):
+    for target, name in (_CONVERTED[task] for task in sorted(tasks)):
         path = args.out / name
         if not path.exists():
-            write(path, encoder, target)
+            write_converted(path, encoder, target)
         print(f"{path}: {verify(args.checkpoint, path, args.encoder, load_image(), target)}", flush=True)
 
 
@@ -189,12 +203,12 @@ def _find_error(log: Path) -> str:
 
 def build_command(args: argparse.Namespace, name: str, seed: int, encoder: EncoderWeights) -> list[str]:
     """Return the published command of a fine-tuning, as a user would type it."""
-    task, run = FINE_TUNINGS[name], _run_folder(args, name, seed) / "run"
+    fine_tuning, run = FINE_TUNINGS[name], _run_folder(args, name, seed) / "run"
     method = "SlotFA" if encoder.provenance.get("method") == "slotfa" else "SlotCon"
-    config = str(TRANSFER / task.framework / "configs" / task.config.format(method=method))
-    weights = str(args.out / _CONVERTED[task.framework][1])
+    config = str(TRANSFER / fine_tuning.task / "configs" / fine_tuning.config.format(method=method))
+    weights = str(args.out / _CONVERTED[fine_tuning.task][1])
     resume = ["--resume"] if (run / "last_checkpoint").exists() else []
-    if task.framework == "detection":
+    if fine_tuning.task == "detection":
         command = [sys.executable, str(TRANSFER / "detection" / "train_net.py"), "--config-file", config]
         command += ["--num-gpus", str(args.gpus), *resume]
         options = shlex.split(args.detection_options)
@@ -233,12 +247,12 @@ def _collect_rows(
     if not reason and len(results) < args.seeds:
         logs = [str(_run_folder(args, *run) / "log.txt") for run in failed if run[0] == name]
         reason = f"failed, see {', '.join(logs)}" if logs else "not finished"
-    task = FINE_TUNINGS[name]
-    changed = args.detection_options if task.framework == "detection" else args.segmentation_options
+    fine_tuning = FINE_TUNINGS[name]
+    changed = args.detection_options if fine_tuning.task == "detection" else args.segmentation_options
     rows = []
-    for metric, keys in task.metrics.items():
+    for metric, keys in fine_tuning.metrics.items():
         values = [value for result in results if (value := _look_up(result, keys)) is not None]
-        row: dict[str, Any] = {"task": name, "title": task.title, "metric": metric, "values": values}
+        row: dict[str, Any] = {"task": name, "title": fine_tuning.title, "metric": metric, "values": values}
         row |= {"runs": len(results), "mean": statistics.fmean(values) if values else None}
         row |= {"std": statistics.stdev(values) if len(values) > 1 else None}
         note = reason or ("" if values else "no value, because the model has no predictions")

@@ -75,8 +75,8 @@ FORMATS = {
 }
 
 
-def write(path: Path, encoder: EncoderWeights, target: str) -> None:
-    """Write `encoder` atomically for the framework `target`, a key of FORMATS.
+def write_converted(path: Path, encoder: EncoderWeights, target: str) -> None:
+    """Write `encoder` atomically in the format `target`, a key of FORMATS.
 
     Raises:
         UsageError: the framework has no such architecture, or the file cannot be written.

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.demo import render_scene
-from transfer.encoders import EncoderWeights, build_network, infer_arch, read_encoder, read_provenance
+from transfer.encoders import EncoderWeights, build_frozen_encoder, infer_arch, read_encoder, read_provenance
 from transfer.formats import read_detectron2, torchvision_name
 from utils import checkpoint
 from utils.batch import MEAN, STD
@@ -28,26 +28,27 @@ _IMAGE_SIZE = 224
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 """The ResNets that detectron2 and mmseg build from a depth."""
 
-Network = Callable[[Tensor], Tensor]
+FeatureFunction = Callable[[Tensor], Tensor]
+"""Normalized images (B, 3, H, W) -> the last feature map, or a ViT's tokens."""
 
 
 def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, target: str | None = None) -> str:
-    """Compare the last feature maps of two encoders, each with the input that its provenance asks for.
+    """Compare the last feature maps of two encoders, each with the normalization that its provenance names.
 
-    All tensors are compared as well, because at the start of training some do not contribute to the features.
+    All tensors are compared as well, because some, such as the counters of batch norm, do not change the features.
 
     Args:
         source: the checkpoint that was converted.
         converted: the result.
         which: the encoder of `source`, as in `read_encoder`.
         pixels: an image, from `load_image`.
-        target: the framework that `converted` has to be for; None for any.
+        target: the format that `converted` must have; None for any.
 
     Returns:
-        A line with the largest difference, as a fraction of the largest feature, and with the network that ran.
+        A line with the largest difference, as a fraction of the largest feature, and with the network that was used.
 
     Raises:
-        UsageError: the difference exceeds TOLERANCE; the message names the cause where it is recognized.
+        UsageError: the difference exceeds TOLERANCE; the message names the cause if it is recognized.
     """
     encoder = read_encoder(source, which)
     weights, provenance = _read_converted(converted)
@@ -70,7 +71,7 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, tar
 def _check_tensors(
     source: Path, converted: Path, encoder: EncoderWeights, weights: Weights, provenance: dict[str, Any]
 ) -> None:
-    """Compare all tensors, except the first layer where the two networks ask for different inputs."""
+    """Compare all tensors; the first layer is left out if the two networks expect different inputs."""
     same_input = all(
         provenance.get(name, encoder.provenance[name]) == encoder.provenance[name]
         for name in ("color_order", "mean", "std")
@@ -94,7 +95,7 @@ def _read_converted(path: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 def load_image(image: Path | None = None) -> Tensor:
-    """Return an image, or a rendered scene if None, as RGB levels in 0..1: (1, 3, 224, 224).
+    """Return an image, or a rendered scene if None, as RGB values in [0, 1]: (1, 3, 224, 224).
 
     Raises:
         UsageError: the file cannot be read.
@@ -112,7 +113,7 @@ def load_image(image: Path | None = None) -> Tensor:
 
 
 def _normalize(pixels: Tensor, provenance: dict[str, Any]) -> Tensor:
-    """Return RGB levels (B, 3, H, W) as the network's input; by default RGB with ImageNet's mean and deviation."""
+    """Normalize RGB values (B, 3, H, W) as the provenance says; by default RGB with ImageNet's mean and deviation."""
     mean, std = (torch.tensor(provenance.get(name, default)) for name, default in (("mean", MEAN), ("std", STD)))
     ordered = pixels.flip(1) if provenance.get("color_order") == "BGR" else pixels
     return (ordered - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
@@ -123,7 +124,7 @@ def _compute_features(encoder: EncoderWeights, pixels: Tensor) -> Tensor:
 
 
 def _max_difference(features: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a fraction of the largest expected feature; infinite between other shapes."""
+    """Return the largest difference as a fraction of the largest expected feature; infinity if the shapes differ."""
     if expected.shape != features.shape:
         return float("inf")
     return float((expected - features).abs().max() / expected.abs().max())
@@ -135,7 +136,7 @@ def _first_layer(weights: Weights) -> str:
 
 
 def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, features: Tensor) -> str:
-    """Return what other encoder of the source, or with what other input, has these features."""
+    """Return the cause of a difference: swapped color channels or the source's other encoder; else only an advice."""
     first = _first_layer(encoder.weights)
     swapped = encoder.weights | {first: encoder.weights[first].flip(1)}
     candidates = {"of swapped color channels (RGB and BGR)": replace(encoder, weights=swapped)}
@@ -149,10 +150,10 @@ def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, features: T
     return "; convert it again"
 
 
-def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> tuple[Network, str]:
-    """Return the framework's network, or this project's if the framework is not installed, and which of them it is."""
+def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> tuple[FeatureFunction, str]:
+    """Return the framework's network, or this project's if the framework is not installed, and a description of it."""
     own = EncoderWeights(weights, arch, {})
-    frameworks: dict[str, Callable[[Path, str], Network]] = {
+    frameworks: dict[str, Callable[[Path, str], FeatureFunction]] = {
         "timm": _timm_network,
         "mmseg": _mmseg_network,
         "detectron2": _detectron2_network,
@@ -170,20 +171,20 @@ def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> 
     return _own_network(own), "this project's network"
 
 
-def _own_network(encoder: EncoderWeights) -> Network:
-    """Return this project's network; of a ViT all tokens, as timm's has them, and not its map."""
-    network: Any = build_network(encoder)
+def _own_network(encoder: EncoderWeights) -> FeatureFunction:
+    """Return this project's network as a function; for a ViT it returns all tokens, as timm's network does."""
+    network: Any = build_frozen_encoder(encoder)
     return getattr(network, "forward_features", network)
 
 
-def _timm_network(path: Path, arch: str) -> Network:
+def _timm_network(path: Path, arch: str) -> FeatureFunction:
     import timm
 
     network: Any = timm.create_model(arch, num_classes=0, checkpoint_path=str(path))
     return network.eval().forward_features
 
 
-def _mmseg_network(path: Path, arch: str) -> Network:
+def _mmseg_network(path: Path, arch: str) -> FeatureFunction:
     import mmseg.models
     from mmengine.runner.checkpoint import load_checkpoint
 
@@ -193,7 +194,7 @@ def _mmseg_network(path: Path, arch: str) -> Network:
     return lambda inputs: network(inputs)[-1]
 
 
-def _detectron2_network(path: Path, arch: str) -> Network:
+def _detectron2_network(path: Path, arch: str) -> FeatureFunction:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec

@@ -1,4 +1,4 @@
-"""Segmentation metrics, class shares of cells and nearest-neighbor votes: loops over the definitions, in float64."""
+"""Segmentation metrics, soft labels of positions and nearest-neighbor votes: loops over the definitions, in float64."""
 
 import itertools
 import math
@@ -54,10 +54,10 @@ def most_correct(counts: Labels) -> int:
     return max(sum(int(counts[i, j]) for i, j in enumerate(matching)) for matching in matchings)
 
 
-def cell_shares(labels: Labels, height: int, width: int, classes: int) -> Array:
-    """shares[n, y, x, c]: of the pixels whose upper left corner is in cell (y, x), the share that is of class c."""
+def soft_labels(labels: Labels, height: int, width: int, classes: int) -> Array:
+    """soft_labels[n, y, x, c]: of the pixels whose upper left corner is in position (y, x), the share of class c."""
     count, size, _ = labels.shape
-    shares = np.zeros((count, height, width, classes))
+    result = np.zeros((count, height, width, classes))
     for n, y, x in itertools.product(range(count), range(height), range(width)):
         pixels = [
             int(labels[n, row, column])
@@ -67,16 +67,16 @@ def cell_shares(labels: Labels, height: int, width: int, classes: int) -> Array:
         ]
         for label in pixels:
             if label != VOID:
-                shares[n, y, x, label] += 1 / len(pixels)
-    return shares
+                result[n, y, x, label] += 1 / len(pixels)
+    return result
 
 
-def votes(cell: Array, keys: Array, shares: Array, neighbors: int, temperature: float) -> Array:
-    """Weighted mean of the shares of the `neighbors` most similar keys, with weights exp(cosine / temperature)."""
-    cosines = [float(cell @ key) / (float(np.linalg.norm(cell)) * float(np.linalg.norm(key))) for key in keys]
+def votes(position: Array, keys: Array, soft_labels: Array, neighbors: int, temperature: float) -> Array:
+    """Weighted mean of the soft labels of the `neighbors` most similar keys, with weights exp(cosine / temperature)."""
+    cosines = [float(position @ key) / (float(np.linalg.norm(position)) * float(np.linalg.norm(key))) for key in keys]
     nearest = sorted(range(len(keys)), key=lambda number: -cosines[number])[:neighbors]
     weights = [math.exp((cosines[number] - cosines[nearest[0]]) / temperature) for number in nearest]
-    total = np.zeros(shares.shape[1])
+    total = np.zeros(soft_labels.shape[1])
     for weight, number in zip(weights, nearest):
-        total += weight / sum(weights) * shares[number]
+        total += weight / sum(weights) * soft_labels[number]
     return total

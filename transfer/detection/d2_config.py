@@ -1,4 +1,4 @@
-"""Load and check the detectron2 config of a run before anything is built or written.
+"""Load and check the detectron2 config of a run before any model is built or file written.
 
 detectron2 is imported where it is used, so that the other checks can be tested without it.
 """
@@ -20,10 +20,10 @@ _EVALUATORS = ("coco", "cityscapes_instance")
 
 
 def load_config(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Return the frozen detectron2 config of a command on this machine's devices, and notes for the log.
+    """Load the detectron2 config of a command for this machine's devices. Return it, frozen, and notes for the log.
 
     Raises:
-        UsageError: the file, a key or a value is wrong, or there are not as many GPUs.
+        UsageError: the file, a key or a value is invalid, or this machine has fewer GPUs.
     """
     import yaml
     from detectron2.config import get_cfg
@@ -36,7 +36,7 @@ def load_config(args: argparse.Namespace) -> tuple[Any, list[str]]:
         cfg.merge_from_list(args.opts)
     except (yaml.YAMLError, KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
-    processes, notes = choose_device(cfg, args)
+    processes, notes = configure_device(cfg, args)
     if args.auto_scale:
         cfg = scale_schedule(cfg, processes)
         solver = f"batch {cfg.SOLVER.IMS_PER_BATCH}, lr {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations"
@@ -62,8 +62,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.opts[-1]}: a key without a value; overrides of the config are KEY VALUE pairs")
 
 
-def choose_device(cfg: Any, args: argparse.Namespace) -> tuple[int, list[str]]:
-    """Set MODEL.DEVICE to `cpu` for --num-gpus 0; return the number of processes on all machines, and notes.
+def configure_device(cfg: Any, args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Set MODEL.DEVICE to `cpu` for --num-gpus 0. Return the total number of processes and notes for the log.
 
     Raises:
         UsageError: there are fewer GPUs, or several machines without GPUs or an address.
@@ -86,7 +86,7 @@ def choose_device(cfg: Any, args: argparse.Namespace) -> tuple[int, list[str]]:
 
 
 def scale_schedule(cfg: Any, processes: int) -> Any:
-    """Return the config for another number of processes than 8, with the same batch per process.
+    """Scale the config from 8 processes to `processes`, with the same batch per process.
 
     Batch and learning rate scale with the number of processes; iterations, learning-rate steps, warm-up, and the
     periods of evaluation and checkpoints scale inversely.
@@ -105,40 +105,40 @@ def scale_schedule(cfg: Any, processes: int) -> Any:
     return DefaultTrainer.auto_scale_workers(cfg, processes)
 
 
-def check_output_dir(cfg: Any, continues: bool) -> None:
+def check_output_dir(cfg: Any, resume_or_eval: bool) -> None:
     """Check that OUTPUT_DIR can be written.
 
     Args:
-        continues: whether the command resumes or evaluates a run; otherwise OUTPUT_DIR must not hold one.
+        resume_or_eval: whether the command resumes or evaluates a run; otherwise OUTPUT_DIR must not contain one.
 
     Raises:
-        UsageError: it cannot be written, or it holds a run that would be overwritten.
+        UsageError: it cannot be written, or it contains a run that would be overwritten.
     """
     folder = Path(cfg.OUTPUT_DIR)
     check_writable("OUTPUT_DIR", folder, overwrite=True, folder=True)
-    if not continues and (folder / "last_checkpoint").is_file():
+    if not resume_or_eval and (folder / "last_checkpoint").is_file():
         raise UsageError(f"OUTPUT_DIR {folder}: already contains a run; add --resume, or use another OUTPUT_DIR")
 
 
 def check_data(cfg: Any, args: argparse.Namespace) -> None:
-    """Check that the data sets of a run exist and can be evaluated.
+    """Check that the datasets of a run exist and can be evaluated.
 
     Raises:
-        UsageError: naming the missing path and how to link it, or the data set that cannot be evaluated.
+        UsageError: a path is missing (the message shows how to link it), or a dataset cannot be evaluated.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     for name in cfg.DATASETS.TEST if args.eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
         if name not in DatasetCatalog.list():
-            raise UsageError(f"DATASETS: detectron2 has no data set {name}")
+            raise UsageError(f"DATASETS: detectron2 has no dataset {name}")
         check_dataset(name, MetadataCatalog.get(name).as_dict(), args.num_machines)
 
 
 def check_dataset(name: str, metadata: dict[str, Any], num_machines: int) -> None:
-    """Check one data set.
+    """Check one dataset.
 
     Args:
-        metadata: detectron2's metadata of the data set: `evaluator_type` and the paths of its files.
+        metadata: detectron2's metadata of the dataset: `evaluator_type` and the paths of its files.
 
     Raises:
         UsageError: as `check_data`.
@@ -159,7 +159,7 @@ def check_dataset(name: str, metadata: dict[str, Any], num_machines: int) -> Non
 
 
 def model_state(cfg: Any) -> dict[str, Tensor]:
-    """Return the state of the config's model on the meta device: names and shapes without memory.
+    """Return the state dict of the config's model on the meta device, which has names and shapes but no memory.
 
     Raises:
         UsageError: detectron2 cannot build the model.

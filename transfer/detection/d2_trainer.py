@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 from transfer.detection import d2_config, d2_weights
 from transfer.results import write_json
 
-_CITYSCAPES = "deeplearning.projects.cityscapesApi.cityscapesscripts"
+_CITYSCAPES_PACKAGE = "deeplearning.projects.cityscapesApi.cityscapesscripts"
 _EVALUATION = ".evaluation.evalInstanceLevelSemanticLabeling"
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         UsageError: the config, the data, the weights or OUTPUT_DIR is unsuitable; nothing has been written.
     """
     cfg, notes = d2_config.load_config(args)
-    d2_config.check_output_dir(cfg, continues=args.resume or args.eval_only)
+    d2_config.check_output_dir(cfg, resume_or_eval=args.resume or args.eval_only)
     d2_config.check_data(cfg, args)
     file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
     d2_weights.check_weights(file, d2_config.model_state(cfg))
@@ -80,13 +80,13 @@ def run_process(args: argparse.Namespace, cfg: CfgNode, notes: list[str]) -> Non
 
 def patch_cityscapesscripts() -> None:
     """Make the public package importable under the name that detectron2 uses, and let it run with NumPy 2."""
-    parts = _CITYSCAPES.split(".")
+    parts = _CITYSCAPES_PACKAGE.split(".")
     for package in (".".join(parts[:length]) for length in range(1, len(parts))):
         sys.modules.setdefault(package, ModuleType(package))
     for name in ("", ".helpers", ".helpers.labels", ".evaluation", _EVALUATION):
-        sys.modules.setdefault(_CITYSCAPES + name, importlib.import_module(f"cityscapesscripts{name}"))
+        sys.modules.setdefault(_CITYSCAPES_PACKAGE + name, importlib.import_module(f"cityscapesscripts{name}"))
     # It would write matches.json to the current folder, and it fails on NumPy's numbers.
-    sys.modules[_CITYSCAPES + _EVALUATION].writeDict2JSON = lambda *_: None  # type: ignore[attr-defined]
+    sys.modules[_CITYSCAPES_PACKAGE + _EVALUATION].writeDict2JSON = lambda *_: None  # type: ignore[attr-defined]
     vars(np).setdefault("in1d", np.isin)  # removed in NumPy 2.4, used by cityscapesscripts 2.3
     # detectron2 reads the annotations in processes that have to inherit these changes.
     multiprocessing.set_start_method("fork", force=True)

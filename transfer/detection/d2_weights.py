@@ -21,7 +21,7 @@ from utils.safe_pickle import load_arrays
 BACKBONE = "backbone.bottom_up."
 """Prefix of the ResNet's tensors in a model with an FPN."""
 
-_CONVERT = "python transfer/detection/convert_pretrain_to_d2.py"
+_CONVERT_COMMAND = "python transfer/detection/convert_pretrain_to_d2.py"
 _BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 logging.getLogger("iopath").addHandler(logging.NullHandler())  # find_weights reports a failed download itself
@@ -62,7 +62,7 @@ def find_weights(cfg: Any, resume: bool, eval_only: bool) -> WeightsFile:
     if not name and eval_only:
         raise UsageError("MODEL.WEIGHTS is empty; add MODEL.WEIGHTS and a detector, such as a run's model_final.pth")
     if not name:
-        raise UsageError(f"MODEL.WEIGHTS is empty; {_CONVERT} IN.pth OUT.pkl, then add MODEL.WEIGHTS OUT.pkl")
+        raise UsageError(f"MODEL.WEIGHTS is empty; {_CONVERT_COMMAND} IN.pth OUT.pkl, then add MODEL.WEIGHTS OUT.pkl")
     if "://" in name:
         name = _download(name)
     return WeightsFile("MODEL.WEIGHTS", Path(name), full_model=eval_only)
@@ -93,13 +93,17 @@ def read_weights(file: WeightsFile) -> FileContents:
     weights = {name: _to_tensor(value) for name, value in weights.items() if _is_weight(name, value)}
     if any(name.endswith("layer1.0.conv1.weight") for name in weights):
         output = file.path.with_suffix(".pkl").name
-        raise UsageError(f"{where}: not converted; {_CONVERT} {file.path} {output}, then MODEL.WEIGHTS {output}")
+        raise UsageError(
+            f"{where}: not converted; {_CONVERT_COMMAND} {file.path} {output}, then MODEL.WEIGHTS {output}"
+        )
     caffe2 = is_pickle and ("model" not in state or state.get("__author__") == "Caffe2")
     if caffe2:
         weights = _rename_caffe2(weights)
     if caffe2 or state.get("matching_heuristics"):
-        is_backbone = ("stem.", "res")
-        weights = {f"{BACKBONE}{name}" if name.startswith(is_backbone) else name: weights[name] for name in weights}
+        backbone_prefixes = ("stem.", "res")
+        weights = {
+            f"{BACKBONE}{name}" if name.startswith(backbone_prefixes) else name: weights[name] for name in weights
+        }
     return FileContents(weights, caffe2, read_provenance(state))
 
 
@@ -156,7 +160,7 @@ def _advise(file: WeightsFile, contents: FileContents) -> str:
     if file.full_model:
         return "give a detector of this config, such as its run's model_final.pth"
     arch = contents.provenance.get("arch")
-    known = f"these are of a {arch}" if arch else f"convert a checkpoint with {_CONVERT} IN.pth OUT.pkl"
+    known = f"these are of a {arch}" if arch else f"convert a checkpoint with {_CONVERT_COMMAND} IN.pth OUT.pkl"
     return f"give weights of the config's architecture; {known}"
 
 

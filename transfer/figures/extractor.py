@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +14,9 @@ from tqdm import tqdm
 
 from data.datasets import SceneDataset
 from data.views import Box, center_view, central_crop
+from transfer.slot_model import SlotModel
 from utils.errors import UsageError
 from utils.visualization import normalize
-
-SlotModel = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Normalized images (B, 3, S, S) -> projections (B, D, h, w) and scores (B, K, h, w)."""
-
 
 @dataclass(frozen=True)
 class CenterCrop:

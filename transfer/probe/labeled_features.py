@@ -1,4 +1,4 @@
-"""Labeled images in the layouts of common data sets, and the cached features that a frozen encoder computes of them."""
+"""Labeled images in the layouts of common datasets, and their features from a frozen encoder, cached on disk."""
 
 import hashlib
 import json
@@ -30,18 +30,18 @@ VOID = 255
 
 T = TypeVar("T")
 Pairs = list[tuple[Path, Path]]
-Network = Callable[[Tensor], Tensor]
+DenseEncoder = Callable[[Tensor], Tensor]
 """Normalized images (B, 3, S, S) -> features (B, C, h, w)."""
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-# Data sets
+# Datasets
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a data set keeps its images and masks, and what the values in a mask mean."""
+class DatasetLayout:
+    """The file layout of a labeled dataset, and the meaning of the values in its masks."""
 
     pairs: Callable[[Path, str], Pairs]
     """Root and name of a split -> sorted pairs of image and mask."""
@@ -52,7 +52,7 @@ class Layout:
     void_value: int = VOID
     """A value that means void in addition to 255."""
     splits: tuple[str, str] = ("train", "val")
-    """What the data set calls its training and validation split."""
+    """The dataset's names of its training and validation split."""
 
 
 def _paired_folders(
@@ -83,42 +83,56 @@ def _voc_pairs(root: Path, split: str) -> Pairs:
     return [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names]
 
 
-_VOC = (
+_VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-_CITYSCAPES = (
+_CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "light", "sign", "vegetation", "terrain", "sky"),
     *("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
 )
-_CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+_CAMVID_CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
 
 LAYOUTS = {
-    "folder": Layout(_paired_folders("{split}/images", "{split}/masks")),
-    "demo": Layout(_paired_folders("{split}/images", "{split}/masks"), demo.CLASSES),
-    "coco-stuff-27": Layout(_paired_folders("{split}2017", "semantic27/{split}2017"), cocostuff.CLASSES),
-    "ade20k": Layout(
+    "folder": DatasetLayout(_paired_folders("{split}/images", "{split}/masks")),
+    "demo": DatasetLayout(_paired_folders("{split}/images", "{split}/masks"), demo.CLASSES),
+    "coco-stuff-27": DatasetLayout(_paired_folders("{split}2017", "semantic27/{split}2017"), cocostuff.CLASSES),
+    "ade20k": DatasetLayout(
         _paired_folders("images/{split}", "annotations/{split}"),
         [f"class {number}" for number in range(1, 151)],
         first_value=1,
         splits=("training", "validation"),
     ),
-    "voc": Layout(_voc_pairs, _VOC),
-    "cityscapes": Layout(
-        _paired_folders("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labelTrainIds"), _CITYSCAPES
+    "voc": DatasetLayout(_voc_pairs, _VOC_CLASSES),
+    "cityscapes": DatasetLayout(
+        _paired_folders("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labelTrainIds"),
+        _CITYSCAPES_CLASSES,
     ),
-    "camvid": Layout(_paired_folders("{split}", "{split}annot"), _CAMVID, void_value=11),
+    "camvid": DatasetLayout(_paired_folders("{split}", "{split}annot"), _CAMVID_CLASSES, void_value=11),
 }
+"""Value of --dataset -> layout of the folder --data-dir."""
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
-    """One split of a labeled data set: index -> image (3, S, S) uint8 and labels (S, S) int64, VOID for void.
+    """One split of a labeled dataset: index -> image (3, S, S) uint8 and labels (S, S) int64, VOID for void.
 
     An image is resized to a short side of S pixels, of which the center square is taken.
 
     Args:
         layout_name: a key of `LAYOUTS`.
-        root: the data set's folder; the demo's scenes are drawn there.
+        root: the dataset's folder; the demo's scenes are drawn there.
         split: `train` or `val`.
         size: S.
         max_images: the number of images to use, the first ones; None for all.
@@ -148,7 +162,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
             raise UsageError(f"{flag} {root}: no pairs of image and mask of {layout_name}'s {split} split")
         for path in (path for pair in self.pairs for path in pair):
             if not path.is_file():
-                raise UsageError(f"{path}: listed in the data set, but there is no such file")
+                raise UsageError(f"{path}: listed in the dataset, but there is no such file")
         self.classes = tuple(self.layout.classes) or self._unnamed_classes()
 
     def _unnamed_classes(self) -> tuple[str, ...]:
@@ -228,32 +242,32 @@ class LabeledFeatures:
     labels: NDArray[np.uint8]
     """(N, S, S), classes and VOID."""
 
-    def cells(self, indices: NDArray[np.int64]) -> Tensor:
-        """Return the features (len(indices), C) float32 of cells, numbered over images, rows and columns."""
+    def positions(self, indices: NDArray[np.int64]) -> Tensor:
+        """Return the features (len(indices), C) float32 of positions, numbered over images, rows and columns."""
         return torch.from_numpy(self.maps.reshape(-1, self.maps.shape[3])[indices]).float()
 
-    def class_shares(self, num_classes: int) -> NDArray[np.float32]:
-        """Return the share of each class among the pixels of each cell: (N, h, w, num_classes).
+    def soft_labels(self, num_classes: int) -> NDArray[np.float32]:
+        """Return the fraction of each position's pixels that each class has: (N, h, w, num_classes).
 
-        The shares of a cell sum to one minus its share of void pixels.
+        The fractions of a position sum to one minus that of its void pixels.
         """
         height, width = self.maps.shape[1:3]
         size = self.labels.shape[1]
         rows, columns = np.arange(size) * height // size, np.arange(size) * width // size
-        cell_of_pixel = (rows[:, None] * width + columns[None]).ravel()
-        pixels_per_cell = np.bincount(cell_of_pixel, minlength=height * width)
-        shares = np.empty((len(self.labels), height, width, num_classes), dtype=np.float32)
+        position_of_pixel = (rows[:, None] * width + columns[None]).ravel()
+        pixels_per_position = np.bincount(position_of_pixel, minlength=height * width)
+        soft_labels = np.empty((len(self.labels), height, width, num_classes), dtype=np.float32)
         for number, mask in enumerate(self.labels):
             flat = mask.ravel()
             valid = flat != VOID
-            bins = cell_of_pixel[valid] * num_classes + flat[valid]
+            bins = position_of_pixel[valid] * num_classes + flat[valid]
             counts = np.bincount(bins, minlength=height * width * num_classes).reshape(-1, num_classes)
-            shares[number] = (counts / pixels_per_cell[:, None]).reshape(height, width, num_classes)
-        return shares
+            soft_labels[number] = (counts / pixels_per_position[:, None]).reshape(height, width, num_classes)
+        return soft_labels
 
 
 def extract_features(
-    network: Network,
+    network: DenseEncoder,
     dataset: SegmentationDataset,
     cache: Path,
     metadata: dict[str, object],
@@ -292,11 +306,11 @@ def extract_features(
     return features
 
 
-def _map_shape(network: Network, size: int, device: torch.device) -> tuple[int, int, int]:
+def _map_shape(network: DenseEncoder, size: int, device: torch.device) -> tuple[int, int, int]:
     """Return h, w, C of the features of an image of `size` pixels.
 
     Raises:
-        UsageError: the pixels cannot be divided evenly into cells.
+        UsageError: the pixels cannot be divided evenly into positions.
     """
     try:
         with torch.inference_mode():
@@ -322,14 +336,19 @@ def _create_arrays(folder: Path, count: int, shape: tuple[int, int, int], size: 
         raise UsageError(f"--cache {folder}: cannot be written ({error.strerror}); use another folder") from None
 
 
-def encode_images(network: Network, images: Tensor, device: torch.device) -> NDArray[np.float16]:
+def encode_images(network: DenseEncoder, images: Tensor, device: torch.device) -> NDArray[np.float16]:
     """Return the features (B, h, w, C) of images (B, 3, S, S) uint8, clamped to the range of float16."""
     features = network(normalize(images / 255).to(device)).permute(0, 2, 3, 1)
     return features.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().cpu().numpy()
 
 
 def _fill_arrays(
-    folder: Path, network: Network, dataset: SegmentationDataset, device: torch.device, batch_size: int, workers: int
+    folder: Path,
+    network: DenseEncoder,
+    dataset: SegmentationDataset,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
 ) -> None:
     """Compute this rank's share of the features: every world-size-th image."""
     maps, labels = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("maps", "labels"))

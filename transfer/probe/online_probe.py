@@ -16,7 +16,7 @@ _IMAGES, _SIZE, _STEPS, _LR, _BATCH = 100, 224, 500, 1e-3, 16
 
 
 class OnlineProbe:
-    """A linear probe on the first 100 training and 100 validation images of a labeled data set, at 224 px.
+    """A linear probe on the first 100 training and 100 validation images of a labeled dataset, at 224 px.
 
     Args:
         args: the run's arguments, of which `probe_dir` and `probe_dataset` are used.

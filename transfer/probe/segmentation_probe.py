@@ -1,4 +1,4 @@
-"""What the segmentation probes share: metrics, the command line, and the results that a probe writes."""
+"""Shared code of the segmentation probes: metrics, command line and result files."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -79,7 +79,7 @@ class SegmentationScores:
     miou: float
     """Mean over the classes that occur in the labels or the predictions."""
     accuracy: float
-    """Share of the pixels that are predicted correctly."""
+    """Percentage of the pixels that are predicted correctly."""
     iou: tuple[float, ...]
     """Of each class; NaN for a class that occurs in neither labels nor predictions."""
 
@@ -104,7 +104,7 @@ def compute_scores(confusion: NDArray[np.int64]) -> SegmentationScores:
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """The arguments, the data set and the device of one call of a probe's command."""
+    """The arguments, the dataset and the device of one call of a probe's command."""
 
     args: argparse.Namespace
     train: SegmentationDataset
@@ -149,31 +149,40 @@ class ProbeResult:
 Probe = Callable[[ProbeRun, EncoderWeights], ProbeResult]
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags that all probes have."""
+def make_probe_parser(description: str) -> argparse.ArgumentParser:
+    """Build a parser with the flags of every probe."""
     parser = config.make_parser(description)
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="file that transfer/convert.py reads, or `random` for --arch"
+        "checkpoint", metavar="CKPT", help="file that transfer/convert.py reads, or `random` for an untrained --arch"
     )
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=tuple(LAYOUTS), default="folder", help="layout of --data-dir")
-    group.add_argument("--data-dir", type=Path, required=True, help="data set, in a layout of transfer/probe/README.md")
-    group.add_argument("--size", type=at_least(1), default=320, help="short side in pixels, then center square")
-    group.add_argument("--train-images", type=at_least(1), help="number of training images to use (all)")
-    group.add_argument("--val-images", type=at_least(1), help="number of validation images to use (all)")
-    group.add_argument("--val-list", type=Path, help="file with names of validation images, one a line (all)")
+    group.add_argument("--data-dir", type=Path, required=True, help="dataset, in a layout of transfer/probe/README.md")
+    group.add_argument(
+        "--size",
+        type=at_least(1),
+        default=320,
+        help="resize the short side to this many pixels and take the center square",
+    )
+    group.add_argument("--train-images", type=at_least(1), help="number of training images to use (default: all)")
+    group.add_argument("--val-images", type=at_least(1), help="number of validation images to use (default: all)")
+    group.add_argument(
+        "--val-list", type=Path, help="file with the names of the validation images to use, one per line (default: all)"
+    )
     group = parser.add_argument_group("encoder")
     group.add_argument(
-        "--encoder", choices=("teacher", "student"), help="which encoder of CKPT (the teacher, if there are two)"
+        "--encoder",
+        choices=("teacher", "student"),
+        help="which encoder of CKPT to use (default: the teacher, if there are two)",
     )
     backbones.add_arguments(group)
     group.add_argument("--baseline", choices=("random",), help="also run the same encoder with random weights")
     group = parser.add_argument_group("features")
     group.add_argument("--cache", type=Path, default=Path("output/features"), help="folder for cached features")
-    group.add_argument("--batch-size", type=at_least(1), default=16, help="images a batch and GPU")
-    group.add_argument("--num-workers", type=at_least(0), default=8, help="data loading processes for each GPU")
+    group.add_argument("--batch-size", type=at_least(1), default=16, help="images per batch on each GPU")
+    group.add_argument("--num-workers", type=at_least(0), default=8, help="DataLoader workers for each GPU")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="folder of the results (output/probe/PROBE_DATASET_CKPT)")
+    group.add_argument("--out", type=Path, help="folder of the results (default: output/probe/PROBE_DATASET_CKPT)")
     group.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device to compute on")
     return parser
@@ -221,7 +230,8 @@ def _write_results(probe_run: ProbeRun, encoder: EncoderWeights, results: dict[s
         for name, result in results.items()
         for protocol, scores in result.scores.items()
     ]
-    table = tabulate(rows, (args.dataset, "measure", "mIoU", "pixel accuracy"), tablefmt="github", floatfmt=".2f")
+    headers = ("encoder", "protocol", "mIoU", "pixel accuracy")
+    table = f"Dataset: {args.dataset}\n\n{tabulate(rows, headers, tablefmt='github', floatfmt='.2f')}"
     content = {
         "checkpoint": encoder.provenance,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},

@@ -20,31 +20,38 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transfer.encoders import EncoderWeights, build_network
+from transfer.encoders import EncoderWeights, build_frozen_encoder
 from transfer.probe.labeled_features import LabeledFeatures
-from transfer.probe.segmentation_probe import ProbeResult, ProbeRun, compute_scores, dataset_confusion, make_parser, run
-from transfer.trained_slots import Projections, TrainedSlots, load_slots, untrained_slots
+from transfer.probe.segmentation_probe import (
+    ProbeResult,
+    ProbeRun,
+    compute_scores,
+    dataset_confusion,
+    make_probe_parser,
+    run,
+)
+from transfer.slot_model import ProjectionEncoder, SlotModel, load_slot_model, untrained_slot_model
 from utils.config import at_least
 from utils.errors import UsageError
 
-_KMEANS_CELLS = 1_000_000
-"""The largest number of cells that k-means is fit to."""
+_KMEANS_POSITIONS = 1_000_000
+"""The largest number of positions that k-means is fit to."""
 _DEFAULT_CLUSTERS = {"coco-stuff-27": 27}
 """PiCIE's protocol, arXiv 2103.17070: 27 clusters, one to one."""
 
 
 def cosine_similarity(centers: Tensor, features: Tensor) -> Tensor:
-    """Return the cosine of every center with every cell: (K, C) and (C, h, w) -> (K, h, w)."""
+    """Return the cosine of every center with every position: (K, C) and (C, h, w) -> (K, h, w)."""
     return torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), F.normalize(features.to(centers.device), dim=0))
 
 
 def fit_kmeans(features: LabeledFeatures, clusters: int, seed: int) -> Tensor:
-    """Return the centers (clusters, C), of length 1, of mini-batch k-means on normalized cells."""
-    num_cells = int(np.prod(features.maps.shape[:3]))
+    """Return the centers (clusters, C), of length 1, of mini-batch k-means on normalized positions."""
+    num_positions = int(np.prod(features.maps.shape[:3]))
     rng = np.random.default_rng(seed)
-    indices = np.sort(rng.choice(num_cells, min(num_cells, _KMEANS_CELLS), replace=False))
-    cells = F.normalize(features.cells(indices), dim=1).numpy()
-    kmeans = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=4096).fit(cells)
+    indices = np.sort(rng.choice(num_positions, min(num_positions, _KMEANS_POSITIONS), replace=False))
+    positions = F.normalize(features.positions(indices), dim=1).numpy()
+    kmeans = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=4096).fit(positions)
     return F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=1)
 
 
@@ -77,14 +84,17 @@ def merge_clusters(confusion: NDArray[np.int64], cluster_classes: NDArray[np.int
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = make_parser("Match clusters found without labels to classes.")
+    parser = make_probe_parser("Unsupervised segmentation: match clusters of the features to classes.")
     group = parser.add_argument_group("probe").add_mutually_exclusive_group()
     group.add_argument(
         "--clusters",
         type=at_least(1),
-        help="k-means clusters on the encoder's map (27 on coco-stuff-27, else CKPT's prototypes)",
+        help="number of k-means clusters (default: 27 for coco-stuff-27; for other datasets the checkpoint's "
+        "prototypes are used)",
     )
-    group.add_argument("--prototypes", action="store_true", help="use CKPT's prototypes on coco-stuff-27, too")
+    group.add_argument(
+        "--prototypes", action="store_true", help="use the checkpoint's prototypes, also for coco-stuff-27"
+    )
     args = parser.parse_args(argv)
     if args.clusters is None and not args.prototypes:
         args.clusters = _DEFAULT_CLUSTERS.get(args.dataset)
@@ -92,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
-    """Cluster, match the clusters to classes, and evaluate both on the validation split."""
+    """Match clusters to the classes of the validation split both ways, and evaluate both.
+
+    `predictions.png` shows the one-to-one matching, or the majority matching if there are more clusters than classes.
+    """
     num_classes = len(probe_run.classes)
     centers, val = (_kmeans if probe_run.args.clusters else _prototypes)(probe_run, encoder)
     predictor = partial(cosine_similarity, centers.to(probe_run.device))
@@ -108,29 +121,31 @@ def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
 def _kmeans(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, LabeledFeatures]:
     """Return k-means centers of the training features, and the validation features."""
     args = probe_run.args
-    network = build_network(encoder, args.output_stride)
+    network = build_frozen_encoder(encoder, args.output_stride)
     train, val = probe_run.extract_splits(network, encoder)
-    if args.clusters > (num_cells := int(np.prod(train.maps.shape[:3]))):
-        raise UsageError(f"--clusters {args.clusters}: more than the {num_cells} cells of the training images")
+    if args.clusters > (num_positions := int(np.prod(train.maps.shape[:3]))):
+        raise UsageError(f"--clusters {args.clusters}: more than the {num_positions} positions of the training images")
     return fit_kmeans(train, args.clusters, args.seed), val
 
 
 def _prototypes(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, LabeledFeatures]:
     """Return the prototypes, and the projected validation features."""
-    slots = _load_slots(probe_run, encoder)
+    model = _load_slot_model(probe_run, encoder)
     # An untrained projector of other sizes is another network, which the encoder's hash does not show.
-    shapes = [tuple(value.shape) for value in slots.projector.state_dict().values()]
-    return slots.prototypes, probe_run.extract(probe_run.val, Projections(slots), encoder, f"projections {shapes}")
+    shapes = [tuple(value.shape) for value in model.projector.state_dict().values()]
+    return model.prototypes, probe_run.extract(
+        probe_run.val, ProjectionEncoder(model), encoder, f"projections {shapes}"
+    )
 
 
-def _load_slots(probe_run: ProbeRun, encoder: EncoderWeights) -> TrainedSlots:
+def _load_slot_model(probe_run: ProbeRun, encoder: EncoderWeights) -> SlotModel:
     args = probe_run.args
     if args.checkpoint == "random":
         raise UsageError("random: has no prototypes; use --clusters for k-means on its features")
-    slots = load_slots(args.checkpoint, args.encoder, args.output_stride)
+    model = load_slot_model(args.checkpoint, args.encoder, args.output_stride)
     if encoder.provenance["encoder"] == "untrained":
-        return untrained_slots(slots, build_network(encoder, args.output_stride), args.seed)
-    return slots
+        return untrained_slot_model(model, build_frozen_encoder(encoder, args.output_stride), args.seed)
+    return model
 
 
 if __name__ == "__main__":

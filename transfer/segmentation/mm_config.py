@@ -1,4 +1,4 @@
-"""Command line, mmsegmentation config and launch of train.py and test.py."""
+"""The command line, the mmsegmentation config and the launcher of train.py and test.py."""
 
 import argparse
 import io
@@ -21,8 +21,8 @@ from utils.errors import UsageError
 from utils.files import check_writable
 
 
-def import_mmseg() -> None:
-    """Import mmsegmentation and register its models, data sets and transforms.
+def import_and_register_mmseg() -> None:
+    """Import mmsegmentation and register its models, datasets and transforms.
 
     Raises:
         UsageError: it cannot be imported.
@@ -37,11 +37,12 @@ def import_mmseg() -> None:
         raise UsageError(f"mmsegmentation cannot be imported ({reason}); {install}") from None
 
 
-def make_mmseg_parser(description: str, weights: str, weights_help: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags that both commands have.
+def make_mmseg_parser(description: str, positional: str, positional_help: str) -> argparse.ArgumentParser:
+    """Build a parser with the arguments of both commands.
 
     Args:
-        weights: the name of the second positional argument, in capitals.
+        positional: the second positional argument, in capitals: PRETRAINED or CHECKPOINT.
+        positional_help: its help text.
     """
     from mmengine.config import DictAction
 
@@ -54,7 +55,7 @@ def make_mmseg_parser(description: str, weights: str, weights_help: str) -> argp
 
     parser = make_parser(description)
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
-    parser.add_argument(weights.lower(), metavar=weights, type=Path, help=weights_help)
+    parser.add_argument(positional.lower(), metavar=positional, type=Path, help=positional_help)
     parser.add_argument(
         "--work-dir", type=Path, help="output folder of logs, checkpoints and results (default: work_dirs/CONFIG_NAME)"
     )
@@ -98,9 +99,9 @@ def load_config(args: argparse.Namespace) -> Any:
 
 
 def launch_distributed(args: argparse.Namespace) -> None:
-    """Replace this process by torchrun on the same command line if --gpus asks for several GPUs.
+    """Replace this process by torchrun with the same command line if --gpus is greater than 1.
 
-    It is called after all checks, so that a wrong command line ends in one line and not in torchrun's report.
+    Call it after all checks, so that a usage error is printed in one line and not in torchrun's report.
     """
     if args.gpus and args.gpus > 1 and "RANK" not in os.environ:
         port = os.environ.get("MASTER_PORT", "29501")
@@ -125,10 +126,10 @@ def _count_processes(args: argparse.Namespace) -> int:
 
 
 def _set_data_roots(cfg: Any, root: Path) -> None:
-    """Make the `data_root` of each data set, given relative to `data`, a path below `root`.
+    """Replace the leading `data` of each dataset's `data_root` with `root`.
 
     Raises:
-        UsageError: a folder or list of files of a data set does not exist.
+        UsageError: a folder or list of files of a dataset does not exist.
     """
     for dataset in _find_datasets([cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader]):
         folder = Path(dataset.data_root)
@@ -143,7 +144,7 @@ def _set_data_roots(cfg: Any, root: Path) -> None:
 
 
 def _find_datasets(configs: Any) -> Iterator[Any]:
-    """Yield the config of each data set, also of those inside a ConcatDataset or RepeatDataset."""
+    """Yield the config of each dataset, including those inside a ConcatDataset or RepeatDataset."""
     for cfg in configs if isinstance(configs, Sequence) else [configs]:
         if "data_root" in cfg:
             yield cfg
@@ -153,7 +154,7 @@ def _find_datasets(configs: Any) -> Iterator[Any]:
 
 
 def _set_loaders(cfg: Any, processes: int) -> None:
-    """Set each process's share of the total batch, `auto_scale_lr.base_batch_size`, and of the CPU cores."""
+    """Divide the total batch, `auto_scale_lr.base_batch_size`, and the CPU cores over the processes."""
     batch_size = cfg.auto_scale_lr.base_batch_size
     if batch_size % processes:
         raise UsageError(f"a batch of {batch_size} does not divide over {processes} GPUs; use another number of GPUs")

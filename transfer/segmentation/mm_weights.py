@@ -11,7 +11,7 @@ from utils import checkpoint
 from utils.checkpoint import Weights
 from utils.errors import UsageError
 
-_CONVERT = "convert a checkpoint with transfer/segmentation/convert_pretrain_to_mm.py IN.pth OUT.pth"
+_CONVERT_ADVICE = "convert a checkpoint with transfer/segmentation/convert_pretrain_to_mm.py IN.pth OUT.pth"
 
 
 def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
@@ -28,16 +28,18 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
     from mmseg.registry import MODELS
 
     if path.suffix == ".pkl":
-        raise UsageError(f"PRETRAINED {path}: is for detectron2; {_CONVERT}")
+        raise UsageError(f"PRETRAINED {path}: is for detectron2; {_CONVERT_ADVICE}")
     state = checkpoint.load(path, "PRETRAINED")
     weights = checkpoint.extract_weights(state, f"PRETRAINED {path}")
     if "conv1.weight" not in weights and checkpoint.find_encoder(weights)[0]:
-        raise UsageError(f"PRETRAINED {path}: is not converted; {_CONVERT}")
+        raise UsageError(f"PRETRAINED {path}: is not converted; {_CONVERT_ADVICE}")
     with torch.device("meta"):
         backbone = MODELS.build({**cfg.model.backbone, "init_cfg": None})
     if mismatch := checkpoint.first_mismatch(weights, backbone.state_dict()):
         name = f"{cfg.model.backbone.type}{cfg.model.backbone.get('depth', '')}"
-        raise UsageError(f"PRETRAINED {path}: does not fit the config's backbone {name} ({mismatch}); {_CONVERT}")
+        raise UsageError(
+            f"PRETRAINED {path}: does not fit the config's backbone {name} ({mismatch}); {_CONVERT_ADVICE}"
+        )
     return weights, read_provenance(state)
 
 

@@ -19,7 +19,7 @@ from utils.errors import UsageError
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a usage error prints one line and exits with status 2."""
     try:
-        mm_config.import_mmseg()
+        mm_config.import_and_register_mmseg()
         parser = mm_config.make_mmseg_parser(
             "Evaluate a fine-tuned model.", "CHECKPOINT", "a checkpoint of a fine-tuning, such as iter_30000.pth"
         )

@@ -22,7 +22,7 @@ from utils.errors import UsageError
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a usage error prints one line and exits with status 2."""
     try:
-        mm_config.import_mmseg()
+        mm_config.import_and_register_mmseg()
         train(_parse_args(argv))
     except UsageError as error:
         distributed.exit_with_error(str(error))
@@ -64,10 +64,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _check_work_dir(folder: Path, resume: bool) -> None:
-    """Check that a new run overwrites no other, and that a resumed run's checkpoint is whole and holds no code.
+    """Check that a new run overwrites no other, and that a resumed run's checkpoint is complete and holds no code.
 
     Raises:
-        UsageError: it is not so.
+        UsageError: the folder contains another run, or the checkpoint cannot be used.
     """
     last = folder / "last_checkpoint"
     if not last.exists():

@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 from tests.probe_data import make_method, save_checkpoint
-from transfer.encoders import build_network, load_encoder, untrained_encoder
-from transfer.trained_slots import load_slots, untrained_slots
+from transfer.encoders import build_frozen_encoder, load_encoder, untrained_encoder
+from transfer.slot_model import load_slot_model, untrained_slot_model
 from utils.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def test_encoder_and_slots_equal_those_of_the_saved_method(
         model = {f"module.{name}": value for name, value in method.state_dict().items()}
         checkpoint = tmp_path / "slotcon.pth"
         torch.save({"args": argparse.Namespace(arch="resnet50"), "model": model, "epoch": 800}, checkpoint)
-    encoder, slots = load_encoder(checkpoint, which), load_slots(checkpoint, which)
+    encoder, slots = load_encoder(checkpoint, which), load_slot_model(checkpoint, which)
     for network in (encoder, slots):
         assert not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
@@ -59,7 +59,7 @@ def test_torchvision_checkpoint_gives_its_network_and_has_no_slots(tmp_path: Pat
     expected = nn.Sequential(*list(resnet.children())[:-2])(batch())
     torch.testing.assert_close(load_encoder(tmp_path / "resnet18.pth")(batch()), expected)
     with pytest.raises(UsageError, match="no prototypes"):
-        load_slots(tmp_path / "resnet18.pth")
+        load_slot_model(tmp_path / "resnet18.pth")
 
 
 @pytest.mark.parametrize("damage", ["missing layer", "other width", "not finite"])
@@ -73,7 +73,7 @@ def test_damaged_slots_are_refused(damage: str, checkpoint: Path, tmp_path: Path
         model["grouping_k.slot_embed.weight"][3, 1] = torch.nan
     torch.save({"model": model}, tmp_path / "damaged.pth")
     with pytest.raises(UsageError, match=r"damaged\.pth"):
-        load_slots(tmp_path / "damaged.pth")
+        load_slot_model(tmp_path / "damaged.pth")
 
 
 def test_untrained_encoder_depends_on_its_seed_and_leaves_the_generator_alone() -> None:
@@ -91,9 +91,9 @@ def test_untrained_encoder_depends_on_its_seed_and_leaves_the_generator_alone() 
 
 
 def test_untrained_slots_have_the_shapes_of_the_trained_ones(checkpoint: Path) -> None:
-    slots = load_slots(checkpoint)
-    network = build_network(untrained_encoder("resnet18", 0))
-    first, again, other = (untrained_slots(slots, network, seed) for seed in (0, 0, 1))
+    slots = load_slot_model(checkpoint)
+    network = build_frozen_encoder(untrained_encoder("resnet18", 0))
+    first, again, other = (untrained_slot_model(slots, network, seed) for seed in (0, 0, 1))
     shapes = {name: value.shape for name, value in slots.state_dict().items()}
     assert {name: value.shape for name, value in first.state_dict().items()} == shapes
     assert torch.equal(first.prototypes, again.prototypes)

@@ -7,26 +7,30 @@ from torch import Tensor, nn
 
 from models.grouping import Grouping
 from models.heads import Projector
-from transfer.encoders import build_network, read_encoder
+from transfer.encoders import build_frozen_encoder, read_encoder
 from utils import checkpoint
 from utils.checkpoint import Weights
 from utils.errors import UsageError
 
 _TEMPERATURE = 0.07
-"""Of the attention that pools slots; scores do not depend on it."""
+"""Temperature of the attention that pools slots; scores do not depend on it."""
 
 
-class TrainedSlots(nn.Module):
-    """Encoder, projector and prototypes of the student or the teacher, frozen, in evaluation mode."""
+class SlotModel(nn.Module):
+    """Encoder, projector and prototypes of one branch of a method, frozen, in evaluation mode.
 
-    def __init__(self, encoder: nn.Module, projector: Projector, grouping: Grouping):
+    Args:
+        which: the branch, as in `EncoderWeights.provenance["encoder"]`: `teacher`, `student`, `only` or `untrained`.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: Projector, grouping: Grouping, which: str):
         super().__init__()
-        self.encoder, self.projector, self.grouping = encoder, projector, grouping
+        self.encoder, self.projector, self.grouping, self.which = encoder, projector, grouping, which
         self.eval().requires_grad_(False)
 
     @property
     def prototypes(self) -> Tensor:
-        """(K, D)."""
+        """Return the prototypes (K, D)."""
         return self.grouping.slot_embed.weight
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,19 +39,22 @@ class TrainedSlots(nn.Module):
         return projections, self.grouping.scores(projections)
 
 
-class Projections(nn.Module):
-    """Map normalized images (B, 3, H, W) to projections (B, D, h, w)."""
+class ProjectionEncoder(nn.Module):
+    """The encoder and the projector of a slot model as one dense encoder.
 
-    def __init__(self, slots: TrainedSlots):
+    It maps normalized images (B, 3, H, W) to projections (B, D, h, w), and can be used wherever an encoder can.
+    """
+
+    def __init__(self, model: SlotModel):
         super().__init__()
-        self.slots = slots
+        self.encoder, self.projector = model.encoder, model.projector
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.slots(images)[0]
+        return self.projector(self.encoder(images))
 
 
-def load_slots(path: Path | str, which: str | None = None, output_stride: int = 32) -> TrainedSlots:
-    """Load the slots of a checkpoint of this project or a released one; all sizes follow from the weights.
+def load_slot_model(path: Path | str, which: str | None = None, output_stride: int = 32) -> SlotModel:
+    """Load the slot model of a checkpoint of this project or a released one; all sizes follow from the weights.
 
     Args:
         which: `teacher` or `student`; None for the teacher where the file has both.
@@ -65,8 +72,8 @@ def load_slots(path: Path | str, which: str | None = None, output_stride: int = 
     }
     prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
     if prototypes is None or not projector_weights:
-        cure = "slots are in complete checkpoints of slotcon and slotfa; others can be clustered with --clusters"
-        raise UsageError(f"{path}: no prototypes in it; {cure}")
+        advice = "slots are in complete checkpoints of slotcon and slotfa; others can be clustered with --clusters"
+        raise UsageError(f"{path}: no prototypes in it; {advice}")
     for name, value in {**projector_weights, "prototypes": prototypes}.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
@@ -77,7 +84,7 @@ def load_slots(path: Path | str, which: str | None = None, output_stride: int = 
         raise UsageError(f"{path}: prototypes of shape {shape} do not fit its projector; the file is incomplete")
     grouping = Grouping(len(prototypes), dim, temperature=_TEMPERATURE)
     checkpoint.load_strict(grouping, {"slot_embed.weight": prototypes.float()}, f"{path}: grouping_{suffix}")
-    return TrainedSlots(build_network(encoder, output_stride), projector, grouping)
+    return SlotModel(build_frozen_encoder(encoder, output_stride), projector, grouping, encoder.provenance["encoder"])
 
 
 def _build_projector(weights: Weights, where: str) -> Projector:
@@ -90,11 +97,11 @@ def _build_projector(weights: Weights, where: str) -> Projector:
     return projector
 
 
-def untrained_slots(slots: TrainedSlots, network: nn.Module, seed: int) -> TrainedSlots:
-    """Return an untrained projector and prototypes, of the sizes of `slots`, on an untrained `network`."""
-    dim_hidden, dim_in = slots.projector.state_dict()["mlp.0.weight"].shape[:2]
-    count, dim = slots.prototypes.shape
+def untrained_slot_model(model: SlotModel, encoder: nn.Module, seed: int) -> SlotModel:
+    """Return an untrained projector and prototypes, of the sizes of `model`, on an untrained `encoder`."""
+    dim_hidden, dim_in = model.projector.state_dict()["mlp.0.weight"].shape[:2]
+    count, dim = model.prototypes.shape
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projector = Projector(dim_in, dim_hidden, dim)
-        return TrainedSlots(network, projector, Grouping(count, dim, temperature=_TEMPERATURE))
+        return SlotModel(encoder, projector, Grouping(count, dim, temperature=_TEMPERATURE), "untrained")

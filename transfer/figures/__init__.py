@@ -1,1 +1,0 @@
-"""Figures, an HTML page and exported files that show the slots of a trained model."""
