@@ -1,6 +1,7 @@
 """Show what the prototypes of a trained model represent: figures, an HTML page, exported masks."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from matplotlib.figure import Figure
 
-from data.datasets import FOLDERS, SceneDataset, build_dataset
+from data.datasets import FOLDERS, MultiViewDataset, build_dataset
 from models.backbones import ARCHITECTURES
 from transfer.encoders import infer_arch
 from transfer.figures.export import SlotExport
 from transfer.figures.extractor import CenterCrops, FeatureExtractor
-from transfer.figures.layout import FORMATS, save_figure, shorten, write_file
+from transfer.figures.layout import IMAGE_SUFFIXES, save_figure, shorten, write_file
 from transfer.figures.maps import draw_maps
 from transfer.figures.neighbors import draw_neighbors
 from transfer.figures.page import build_page
@@ -48,8 +49,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the model."""
-    group.add_argument("--model-path", type=Path, required=True, metavar="CKPT", help="checkpoint, ours or released")
-    group.add_argument("--encoder", choices=("teacher", "student"), help="which weights to use; default teacher")
+    group.add_argument(
+        "--model-path",
+        type=Path,
+        required=True,
+        metavar="CKPT",
+        help="checkpoint of this project, or a released one of SlotCon or SlotFA",
+    )
+    group.add_argument("--encoder", choices=("teacher", "student"), help="weights to use (default: teacher)")
     group.add_argument("--arch", choices=ARCHITECTURES, metavar="ARCH", help="encoder architecture, such as resnet50")
     group.add_argument("--dim-hidden", type=at_least(1), help="width of the projector's hidden layers")
     group.add_argument("--dim-out", type=at_least(1), help="width D of projections and prototypes")
@@ -64,26 +71,39 @@ def add_image_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data-dir", help="folder of the dataset; the demo is drawn there")
     group.add_argument("--dataset", choices=tuple(FOLDERS), help="layout of the images in --data-dir")
     group.add_argument(
-        "--image-size", type=at_least(32), help="side of the center crop in pixels; default twice that of training"
+        "--image-size", type=at_least(32), help="side of the center crop in pixels (default: twice that of training)"
     )
     group.add_argument("--max-images", type=at_least(1), help="use this many images, evenly spaced in the dataset")
-    group.add_argument("--batch-size", type=at_least(1), default=16, help="batch size")
-    group.add_argument("--num-workers", type=at_least(0), default=8, help="loader processes")
+    group.add_argument("--batch-size", type=at_least(1), default=16, help="images per batch")
+    group.add_argument("--num-workers", type=at_least(0), default=8, help="DataLoader workers")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
 
 
 def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the output."""
-    group.add_argument("--figure", choices=FIGURES, help="default neighbors, or none with --html or --export")
-    group.add_argument("--save-path", type=Path, help="file or folder of the figure; default next to the checkpoint")
+    group.add_argument(
+        "--figure",
+        choices=FIGURES,
+        help="figure to draw (default: neighbors; none if only --html or --export is given)",
+    )
+    group.add_argument("--save-path", type=Path, help="file or folder of the figure (default: next to the checkpoint)")
     group.add_argument("--html", type=Path, metavar="FILE", help="write a page with all prototypes")
     group.add_argument("--export", type=Path, metavar="DIR", help="write masks, scores and prototypes as files")
     group.add_argument("--topk", type=at_least(1), default=5, help="nearest images per prototype")
-    group.add_argument("--sampling", type=at_least(1), default=20, help="prototypes in neighbors, images in maps")
-    group.add_argument("--idxs", type=at_least(0), nargs="+", help="show these prototypes instead of sampled ones")
-    group.add_argument("--alpha", type=between(0, 1), default=0.5, help="how much the rest of an image is darkened")
-    group.add_argument("--points", type=at_least(10), default=4000, help="positions in the figure tsne")
-    group.add_argument("--dpi", type=at_least(20), default=150, help="resolution of the figure")
+    group.add_argument(
+        "--sampling", type=at_least(1), default=20, help="number of prototypes (neighbors) or images (maps) to sample"
+    )
+    group.add_argument(
+        "--idxs", type=at_least(0), nargs="+", help="numbers of the prototypes to show instead of sampled ones"
+    )
+    group.add_argument(
+        "--alpha",
+        type=between(0, 1),
+        default=0.5,
+        help="how much to darken an image outside the region, from 0 (not at all) to 1 (black)",
+    )
+    group.add_argument("--points", type=at_least(10), default=4000, help="number of feature-map positions in the t-SNE")
+    group.add_argument("--dpi", type=at_least(20), default=150, help="pixels per inch")
     group.add_argument("--seed", type=at_least(0), default=0, help="seed of sampling and t-SNE")
     group.add_argument("--overwrite", action="store_true", help="replace existing files")
 
@@ -108,18 +128,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def visualize(args: argparse.Namespace) -> None:
     """Load the model and the images, then write the figure, the page and the export."""
     train_args = checkpoint.checkpoint_args(checkpoint.load(args.model_path, "--model-path"))
-    check_outputs(args)
+    resolve_outputs(args)
     args.amp = "off"
     device = choose_device(args)
     model = load_model(args, train_args).to(device)
-    crops = CenterCrops(find_images(args, train_args), args.image_size or 2 * train_args.get("image_size", 224))
+    image_size = args.image_size or 2 * int(number_or_default(train_args.get("image_size"), 224, minimum=16))
+    crops = CenterCrops(find_images(args, train_args), image_size)
     extractor = FeatureExtractor(model, crops, device, args.batch_size, loader_workers(args.num_workers))
     indices = evenly_spaced(len(crops), args.max_images)
 
     if args.figure in ("maps", "tsne"):
         save_figure(draw_images(args, extractor, indices), args.save_path)
     if args.html or args.export or args.figure in ("neighbors", "usage"):
-        stats = compute_stats(args, extractor, model, indices)
+        stats = compute_stats_and_export(args, extractor, model, indices)
         if args.figure in ("neighbors", "usage"):
             save_figure(draw_stats(args, extractor, stats), args.save_path)
         if args.html:
@@ -130,7 +151,7 @@ def visualize(args: argparse.Namespace) -> None:
             print(f"{name}: {path}")
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def resolve_outputs(args: argparse.Namespace) -> None:
     """Set the default figure and its path, and check before any work that all outputs can be made.
 
     Raises:
@@ -147,8 +168,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         args.save_path = args.save_path or args.model_path.parent / name
         if args.save_path.is_dir():
             args.save_path /= name
-        if args.save_path.suffix.lower() not in FORMATS:
-            raise UsageError(f"--save-path {args.save_path}: unknown image format; use one of {' '.join(FORMATS)}")
+        if args.save_path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UsageError(
+                f"--save-path {args.save_path}: unknown image format; use one of {' '.join(IMAGE_SUFFIXES)}"
+            )
     for flag, path in (("--save-path", args.save_path), ("--html", args.html), ("--export", args.export)):
         if path:
             check_writable(flag, path, args.overwrite, folder=flag == "--export")
@@ -174,11 +197,11 @@ def load_model(args: argparse.Namespace, train_args: Mapping[str, Any]) -> SlotM
             raise UsageError(f"{flag} {getattr(args, name)}: {args.model_path} has {value}; omit {flag} to use that")
     if args.idxs and max(args.idxs) >= count:
         raise UsageError(f"--idxs {max(args.idxs)}: {args.model_path} has prototypes 0 to {count - 1}")
-    model.grouping.temperature = train_args.get("teacher_temp", model.grouping.temperature)
+    model.grouping.temperature = number_or_default(train_args.get("teacher_temp"), model.grouping.temperature)
     return model
 
 
-def find_images(args: argparse.Namespace, train_args: Mapping[str, Any]) -> SceneDataset:
+def find_images(args: argparse.Namespace, train_args: Mapping[str, Any]) -> MultiViewDataset:
     """Build the dataset that the flags name, by default the one that the model was trained on.
 
     Raises:
@@ -195,6 +218,12 @@ def find_images(args: argparse.Namespace, train_args: Mapping[str, Any]) -> Scen
     return build_dataset(argparse.Namespace(dataset=args.dataset, data_dir=data_dir, seed=seed), recipes=())
 
 
+def number_or_default(value: Any, default: float, minimum: float = 1e-6) -> float:
+    """Return an argument of a checkpoint if it is a finite number of at least `minimum`, else `default`."""
+    is_number = isinstance(value, int | float) and minimum <= value < math.inf
+    return value if is_number else default
+
+
 def evenly_spaced(count: int, limit: int | None) -> list[int]:
     """Return at most `limit` evenly spaced indices below `count`, or all of them."""
     limit = min(limit or count, count)
@@ -207,7 +236,7 @@ def sample_sorted(candidates: Sequence[int], count: int, seed: int) -> list[int]
     return [candidates[position] for position in sorted(chosen.tolist())]
 
 
-def compute_stats(
+def compute_stats_and_export(
     args: argparse.Namespace, extractor: FeatureExtractor, model: SlotModel, indices: Sequence[int]
 ) -> PrototypeStats:
     """Apply the model to all images, collect the statistics of the prototypes, and write the export."""

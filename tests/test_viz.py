@@ -24,7 +24,7 @@ from tests.helpers import TINY, run_expecting_usage_error
 from tests.reference import grouping
 from transfer.figures.export import encode_mask
 from transfer.figures.extractor import CenterCrops, ExtractedBatch, FeatureExtractor
-from transfer.figures.layout import FORMATS, new_figure, save_figure
+from transfer.figures.layout import IMAGE_SUFFIXES, new_figure, save_figure
 from transfer.figures.page import collect_data
 from transfer.figures.prototype_stats import NearestImages, PrototypeStats
 from transfer.figures.regions import (
@@ -276,7 +276,7 @@ def test_figure_is_written_next_to_the_checkpoint(
         assert np.array(image.convert("RGB")).std() > 10
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_figure_is_saved_in_every_format(suffix: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_figure(new_figure((1, 1), 20, "title", "details"), tmp_path / f"{name}{suffix}")
@@ -339,6 +339,17 @@ def test_student_and_temperature_come_from_the_checkpoint(state: dict[str, Any],
     metadata = json.loads((folder / "metadata.json").read_text())
     assert (metadata["encoder"], metadata["temperature"]) == ("student", 0.25)
     assert sorted(mask.name for mask in (folder / "masks").iterdir()) == ["00.png", "08.png"]
+
+
+def test_arguments_of_a_checkpoint_that_are_no_numbers_are_not_used(
+    state: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    args = {"dataset": "folder", "data_dir": str(images), "image_size": "large", "teacher_temp": None}
+    torch.save({**state, "args": args}, tmp_path / "a.pth")
+    flags = ["--device", "cpu", "--num-workers", "0", "--max-images", "1", "--export", str(tmp_path / "out")]
+    viz_slots.main(["--model-path", str(tmp_path / "a.pth"), *flags])
+    metadata = json.loads((tmp_path / "out/metadata.json").read_text())
+    assert (metadata["image_size"], metadata["temperature"]) == (448, 0.07)
 
 
 def test_masks_of_more_than_256_prototypes_have_16_bits(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class SlotExport:
         arrays = {
             "images_using": stats.image_counts,
             "area": stats.area,
-            "nearest": stats.nearest.images,
+            "nearest": stats.nearest.indices,
             "nearest_scores": stats.nearest.scores,
         }
         arrays_on_cpu = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}

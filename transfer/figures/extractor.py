@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data.datasets import SceneDataset
+from data.datasets import MultiViewDataset
 from data.views import Box, center_view, central_crop
 from transfer.slot_model import SlotModel
 from utils.errors import UsageError
 from utils.visualization import normalize
 
+
 @dataclass(frozen=True)
-class CenterCrop:
+class CroppedImage:
     """The largest central square of an image, resampled."""
 
     index: int
@@ -29,10 +30,10 @@ class CenterCrop:
     """The square in pixels of the image."""
 
 
-class CenterCrops(Dataset[CenterCrop]):
+class CenterCrops(Dataset[CroppedImage]):
     """Dataset of the center crops of images, `size` x `size` pixels each."""
 
-    def __init__(self, images: SceneDataset, size: int):
+    def __init__(self, images: MultiViewDataset, size: int):
         self.root, self.files, self.size = images.root, images.files, size
 
     def __len__(self) -> int:
@@ -42,13 +43,13 @@ class CenterCrops(Dataset[CenterCrop]):
         """Return the path of an image below the dataset's folder for display; undecodable bytes are replaced."""
         return bytes(self.files[index]).decode(errors="replace")
 
-    def __getitem__(self, index: int) -> CenterCrop:
+    def __getitem__(self, index: int) -> CroppedImage:
         path = self.root / os.fsdecode(self.files[index])
         try:
             with Image.open(path) as image:
-                return CenterCrop(int(index), center_view(image, self.size), central_crop(image.size, (1, 1)))
+                return CroppedImage(int(index), center_view(image, self.size), central_crop(image.size, (1, 1)))
         except Exception:  # damaged files make the decoders of Pillow raise nearly any exception
-            return CenterCrop(int(index), None, (0, 0, 0, 0))
+            return CroppedImage(int(index), None, (0, 0, 0, 0))
 
 
 class ExtractedBatch(NamedTuple):
@@ -68,7 +69,7 @@ class ExtractedBatch(NamedTuple):
 
 @dataclass
 class FeatureExtractor:
-    """A model with the images, device and batch size that it is applied with."""
+    """Apply a model to center crops, batch by batch, on one device."""
 
     model: SlotModel
     crops: CenterCrops
@@ -104,7 +105,7 @@ class FeatureExtractor:
             first = self.crops.root / self.crops.name(indices[0])
             raise UsageError(f"--data-dir: none of {len(indices)} images can be read, such as {first}")
 
-    def _apply_model(self, crops: list[CenterCrop]) -> ExtractedBatch:
+    def _apply_model(self, crops: list[CroppedImage]) -> ExtractedBatch:
         images = torch.stack([crop.pixels for crop in crops if crop.pixels is not None])
         try:
             with torch.no_grad():

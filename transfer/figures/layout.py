@@ -12,7 +12,7 @@ from utils.errors import UsageError
 from utils.files import atomic_write
 
 TEXT_COLOR, MUTED_COLOR = "#222222", "#6b6b6b"
-FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")
 _MAX_PIXELS = 16_000
 """Largest side of a figure in pixels; few programs open larger images."""
 

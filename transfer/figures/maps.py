@@ -90,7 +90,7 @@ def _draw_map(panel: Axes, slot_map: SlotMap, colors: Mapping[int, Tensor]) -> N
     """Draw the image above its map, with the caption below and the numbers of the prototypes in their regions."""
     side = slot_map.assignment.shape[0]
     gap = torch.full((round(side * _GAP / _SIDE), side, 3), 255, dtype=torch.uint8)
-    column = torch.cat([to_uint8(slot_map.image), gap, to_uint8(color_map(slot_map, colors))])
+    column = torch.cat([to_uint8(slot_map.image), gap, to_uint8(render_slot_map(slot_map, colors))])
     panel.imshow(column.numpy(), interpolation="antialiased")
     # The layout ignores the texts, which would widen the columns; the axes leave room for the caption.
     panel.set_ylim(len(column) + side * _TEXT_HEIGHT / _SIDE, -0.5)
@@ -106,7 +106,7 @@ def _draw_map(panel: Axes, slot_map: SlotMap, colors: Mapping[int, Tensor]) -> N
             panel.text(x, row + side + len(gap), str(prototype), **style)
 
 
-def color_map(slot_map: SlotMap, colors: Mapping[int, Tensor]) -> Tensor:
+def render_slot_map(slot_map: SlotMap, colors: Mapping[int, Tensor]) -> Tensor:
     """Blend the gray image with the colors of its prototypes, with white boundaries: (3, side, side) in 0..1."""
     gray = slot_map.image.mean(dim=0, keepdim=True).expand_as(slot_map.image)
     colored = gray * 0.6

@@ -14,7 +14,7 @@ from transfer.figures.strips import render_strips
 
 _SIDE, _TEXT_HEIGHT = 1.3, 0.4
 """Inches: the side of an image, and the height of the text above and below it."""
-_GAP = 0.04
+_GAP_SHARE = 0.04
 """Space between two images, as a share of an image."""
 _EMPTY = torch.full((1, 1, 3), 238, dtype=torch.uint8)
 """A light gray square in place of the images of an unused prototype."""
@@ -32,14 +32,14 @@ def draw_neighbors(
     rankings = {prototype: stats.nearest.ranking(prototype) for prototype in prototypes}
     length = max(2, *map(len, rankings.values()))  # the usage above the images is wider than one image
     rows, columns = grid_shape(len(prototypes), length * _SIDE, _SIDE + _TEXT_HEIGHT)
-    size = columns * length * _SIDE * (1 + _GAP), rows * (_SIDE + _TEXT_HEIGHT) + 0.6
+    size = columns * length * _SIDE * (1 + _GAP_SHARE), rows * (_SIDE + _TEXT_HEIGHT) + 0.6
     figure = new_figure(size, dpi, "Nearest images of prototypes", details)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
 
     target_side = round(_SIDE * dpi)
-    strips = dict(render_strips(extractor, rankings, target_side, alpha, gap=round(_GAP * target_side)))
+    strips = dict(render_strips(extractor, rankings, target_side, alpha, gap=round(_GAP_SHARE * target_side)))
     for panel in panels:
-        panel.set(xlim=(0, length * (1 + _GAP)), ylim=(1, 0), aspect="equal")
+        panel.set(xlim=(0, length * (1 + _GAP_SHARE)), ylim=(1, 0), aspect="equal")
         panel.axis("off")
     for panel, prototype in zip(panels, prototypes):
         title = f"prototype {prototype} · {format_usage(stats, prototype)}"

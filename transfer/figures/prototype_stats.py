@@ -17,23 +17,23 @@ class NearestImages:
     def __init__(self, num_prototypes: int, k: int, device: torch.device | str = "cpu"):
         self.scores = torch.full((num_prototypes, k), -torch.inf, device=device)
         """(K, k) descending; -inf where there are fewer than k images."""
-        self.images = torch.full((num_prototypes, k), -1, device=device)
+        self.indices = torch.full((num_prototypes, k), -1, device=device)
         """(K, k) image indices; -1 where there are fewer than k images."""
 
     def update(self, indices: Tensor, scores: Tensor) -> None:
         """Add the images `indices` (B,) with scores (B, K), -inf where an image does not use a prototype."""
-        indices = indices.to(self.images.device).expand(len(self.images), -1)
-        images, by_index = torch.cat([self.images, indices], dim=1).sort(dim=1, stable=True)
+        indices = indices.to(self.indices.device).expand(len(self.indices), -1)
+        indices, by_index = torch.cat([self.indices, indices], dim=1).sort(dim=1, stable=True)
         candidates = torch.cat([self.scores, scores.T], dim=1).gather(1, by_index)
         ranked, by_score = candidates.sort(dim=1, descending=True, stable=True)
         k = self.scores.shape[1]
         self.scores = ranked[:, :k].clone()
-        self.images = images.gather(1, by_score[:, :k]).masked_fill(self.scores.isneginf(), -1)
+        self.indices = indices.gather(1, by_score[:, :k]).masked_fill(self.scores.isneginf(), -1)
 
     def ranking(self, prototype: int) -> list[tuple[int, float]]:
         """Return at most k pairs of image index and score, best first."""
-        images, scores = self.images[prototype].tolist(), self.scores[prototype].tolist()
-        return [(image, score) for image, score in zip(images, scores) if image >= 0]
+        indices, scores = self.indices[prototype].tolist(), self.scores[prototype].tolist()
+        return [(index, score) for index, score in zip(indices, scores) if index >= 0]
 
 
 class PrototypeStats:
