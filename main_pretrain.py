@@ -1,4 +1,4 @@
-"""Pre-train a method on images of scenes."""
+"""Self-supervised pre-training of an encoder."""
 
 import argparse
 import os
@@ -17,15 +17,15 @@ import data.datasets
 import models.backbones
 from data.loader import Batch, EpochSampler, build_dataset, build_loader, prefetch
 from models import METHODS, Method, build_method
-from models.norm import convert_sync_batchnorm
+from models.norm import synchronize_batch_norms
 from utils import compiler, config, distributed, resume, visualization
-from utils.device import amp_dtype, choose_device, loader_workers
+from utils.device import amp_dtype, choose_device, loader_workers, memory_gib
 from utils.errors import UsageError
 from utils.finite import FiniteGuard
 from utils.meter import Meter
 from utils.optimizers import build_optimizer, clip_gradients, set_hyperparameters, skip_if
 from utils.run import Run
-from utils.run_log import RunLog, memory_gib
+from utils.run_log import RunLog
 
 if TYPE_CHECKING:
     from transfer.probe.online_probe import OnlineProbe
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
         distributed.exit_with_error("interrupted; add --auto-resume to continue from the last checkpoint", status=130)
-    distributed.shutdown()  # not after an error, where NCCL would wait for ranks that wait for this one
+    # Not after an error: destroying the NCCL group would wait for ranks that are still in a collective.
+    distributed.shutdown()
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -93,8 +94,10 @@ def build_run(args: argparse.Namespace, device: torch.device, num_images: int) -
     notes = compiler.resolve_compile(args, device)
     torch.manual_seed(args.seed)
     method = build_method(args).to(device).to(memory_format=torch.channels_last)
+    for view_recipe in method.view_recipes(args):
+        method.encoder_q.check_image_size(view_recipe.size)
     if device.type == "cuda" and distributed.world_size() > 1:
-        convert_sync_batchnorm(method)
+        synchronize_batch_norms(method)
     if args.compile:
         compiler.compile_methods(method, method.compiled, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -112,7 +115,7 @@ def build_probe(args: argparse.Namespace) -> "OnlineProbe | None":
 
 def train(
     run: Run[Method],
-    dataset: data.datasets.SceneDataset,
+    dataset: data.datasets.MultiViewDataset,
     log: RunLog,
     start_step: int,
     probe: "OnlineProbe | None",
@@ -124,29 +127,29 @@ def train(
     model = distributed.wrap_ddp(method, run.device)
     guard = FiniteGuard(method, run.device)
     meter = Meter(run.device, plan.num_images, method.build_monitor(plan.steps_per_epoch))
-    batches = prefetch(meter.timed(loader), run.device, dataset.recipes)
+    batches = prefetch(meter.timed(loader), run.device, dataset.view_recipes)
     for step in range(start_step, plan.total_steps):
         batch = train_step(run, model, batches, guard, meter, step)
         log.update_progress(step + 1)
         epoch, step_in_epoch = divmod(step + 1, plan.steps_per_epoch)
         ends_epoch, is_last = step_in_epoch == 0, epoch == args.epochs
-        saves = ends_epoch and (epoch % args.save_freq == 0 or is_last)
-        probes = probe is not None and ends_epoch and (epoch % args.probe_freq == 0 or is_last)
-        if (step + 1) % args.print_freq == 0 or saves or probes:
+        should_save = ends_epoch and (epoch % args.save_freq == 0 or is_last)
+        should_probe = probe is not None and ends_epoch and (epoch % args.probe_freq == 0 or is_last)
+        if (step + 1) % args.print_freq == 0 or should_save or should_probe:
             metrics, messages = meter.read(step + 1)
             metrics |= {
-                "optim/lr": plan.lr(step),
-                "optim/weight_decay": plan.decay(step),
-                "optim/teacher_momentum": plan.momentum(step),
+                "optim/lr": plan.lr_at(step),
+                "optim/weight_decay": plan.weight_decay_at(step),
+                "optim/teacher_momentum": plan.teacher_momentum_at(step),
                 "speed/memory_gib": memory_gib(run.device),
             }
-            if probe is not None and probes and distributed.is_main_process():
+            if probe is not None and should_probe and distributed.is_main_process():
                 metrics |= probe.measure(method.encoder_k, run.device)
             log.log_metrics(step + 1, metrics, messages)
-        if saves and distributed.is_main_process():
+        if should_save and distributed.is_main_process():
             resume.save(run, step + 1, epoch)
             add_images(run, batch, dataset, log, step + 1)
-        if saves or probes:
+        if should_save or should_probe:
             distributed.barrier()
 
 
@@ -155,8 +158,8 @@ def train_step(
 ) -> Batch:
     """Take one optimizer step over --accum-steps batches without reading the device; return the last batch."""
     args, plan, dtype = run.args, run.plan, amp_dtype(run.args)
-    set_hyperparameters(run.optimizer, plan.lr(step), plan.decay(step))
-    run.method.update_teacher(plan.momentum(step))
+    set_hyperparameters(run.optimizer, plan.lr_at(step), plan.weight_decay_at(step))
+    run.method.update_teacher(plan.teacher_momentum_at(step))
     guard.begin_step()
     if args.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()
@@ -184,12 +187,12 @@ def train_step(
 
 
 def add_images(
-    run: Run[Method], batch: Batch, dataset: data.datasets.SceneDataset, log: RunLog, step: int, count: int = 8
+    run: Run[Method], batch: Batch, dataset: data.datasets.MultiViewDataset, log: RunLog, step: int, count: int = 8
 ) -> None:
     """Log the first views of a batch, and the slot maps of a few images at twice the size of the views."""
     views = [visualization.denormalize(view[:count].cpu()) for view in batch.views]
     log.add_image(step, "views", visualization.view_grid(views))
-    images = dataset.plain(count, 2 * run.args.image_size) / 255
+    images = dataset.center_crops(count, 2 * run.args.image_size) / 255
     scores = run.method.slot_maps(visualization.normalize(images).to(run.device))
     if scores is not None:
         maps = visualization.slot_grid(images, scores.cpu())

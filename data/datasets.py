@@ -19,7 +19,7 @@ from utils import distributed
 from utils.batch import ViewRecord
 from utils.config import at_least, between
 from utils.errors import UsageError
-from utils.recipes import ViewRecipe, two_view_recipes
+from utils.view_recipes import ViewRecipe, two_view_recipes
 
 FOLDERS: dict[str, tuple[str, ...]] = {
     "COCO": ("train2017",),
@@ -32,7 +32,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 """The image folders of each dataset below --data-dir (for the demo, below the folder that it draws)."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
-_TRIES = 20
+_MAX_UNREADABLE_IN_A_ROW = 20
 _BLACK = Image.new("RGB", (256, 256))
 _BLACK_ENCODED = pixel_image(_BLACK)
 _ImageT = TypeVar("_ImageT")
@@ -41,17 +41,19 @@ _ImageT = TypeVar("_ImageT")
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of images and views."""
     group.add_argument("--dataset", choices=tuple(FOLDERS), default="COCO", help="layout of the images in --data-dir")
-    group.add_argument("--data-dir", default="./data", help="folder of the dataset; the demo is drawn there")
+    group.add_argument(
+        "--data-dir", default="./data", help="folder of the dataset; --dataset demo draws its scenes into it"
+    )
     group.add_argument("--image-size", type=at_least(32), default=224, help="side of a view in pixels")
     group.add_argument(
         "--min-scale", type=between(0, 1), default=0.08, help="smallest crop, as a share of the image's area"
     )
-    group.add_argument("--num-workers", type=at_least(0), default=8, help="loader processes for each GPU")
+    group.add_argument("--num-workers", type=at_least(0), default=8, help="DataLoader workers for each process")
     group.add_argument(
         "--decode",
         choices=("cpu", "gpu"),
         default="cpu",
-        help="where JPEG files are decoded; gpu relieves the loader processes",
+        help="where JPEG files are decoded, cropped and resized; gpu needs fewer CPU cores",
     )
 
 
@@ -64,7 +66,7 @@ class Sample(ViewRecord):
     encoded: EncodedImage | None = None
 
 
-class SceneDataset:
+class MultiViewDataset:
     """The views of a list of image files, drawn from (seed, epoch, image number, view number) alone.
 
     Indices continue over epochs: index i is image `i % len` in epoch `i // len`. With `send_encoded` the views are
@@ -79,7 +81,7 @@ class SceneDataset:
         seed: int,
         send_encoded: bool = False,
     ):
-        self.root, self.recipes, self.seed, self.send_encoded = root, tuple(recipes), seed, send_encoded
+        self.root, self.view_recipes, self.seed, self.send_encoded = root, tuple(recipes), seed, send_encoded
         # One array of bytes instead of a list of strings: forked workers share its memory.
         self.files = np.array([os.fsencode(file) for file in files])
 
@@ -91,13 +93,13 @@ class SceneDataset:
         epoch, number = divmod(int(index), len(self))
         if self.send_encoded:
             encoded, number, unreadable = self._read(number, read_encoded, _BLACK_ENCODED)
-            record = draw_views(encoded.size, self.recipes, self.seed, epoch, number)
+            record = draw_views(encoded.size, self.view_recipes, self.seed, epoch, number)
             return Sample(**vars(record), unreadable=tuple(unreadable), encoded=encoded)
         image, number, unreadable = self._read(number, _read_image, _BLACK)
-        record = make_views(image, self.recipes, self.seed, epoch, number)
+        record = make_views(image, self.view_recipes, self.seed, epoch, number)
         return Sample(**vars(record), unreadable=tuple(unreadable))
 
-    def plain(self, count: int, size: int) -> Tensor:
+    def center_crops(self, count: int, size: int) -> Tensor:
         """Return the central squares of the first `count` images: (count, 3, size, size) uint8."""
         images = (self._read(number, _read_image, _BLACK)[0] for number in range(min(count, len(self))))
         return torch.stack([center_view(image, size) for image in images])
@@ -110,7 +112,7 @@ class SceneDataset:
             its number; and the files that could not be read.
         """
         unreadable: list[str] = []
-        for substitute in range(number, number + _TRIES):
+        for substitute in range(number, number + _MAX_UNREADABLE_IN_A_ROW):
             substitute %= len(self)
             path = self.root / os.fsdecode(self.files[substitute])
             try:
@@ -126,7 +128,7 @@ def _read_image(path: Path) -> Image.Image:
     return image
 
 
-def build_dataset(args: argparse.Namespace, recipes: Sequence[ViewRecipe] | None = None) -> SceneDataset:
+def build_dataset(args: argparse.Namespace, recipes: Sequence[ViewRecipe] | None = None) -> MultiViewDataset:
     """Build the dataset that `args.dataset` and `args.data_dir` name.
 
     Args:
@@ -147,7 +149,7 @@ def build_dataset(args: argparse.Namespace, recipes: Sequence[ViewRecipe] | None
     files = sorted(file for folder in FOLDERS[args.dataset] for file in _find_images(root, folder, args.dataset))
     recipes = two_view_recipes(args.image_size, args.min_scale) if recipes is None else recipes
     # Commands that only evaluate have no --decode.
-    return SceneDataset(root, files, recipes, args.seed, send_encoded=getattr(args, "decode", "cpu") == "gpu")
+    return MultiViewDataset(root, files, recipes, args.seed, send_encoded=getattr(args, "decode", "cpu") == "gpu")
 
 
 def _find_images(root: Path, folder: str, dataset: str) -> list[str]:

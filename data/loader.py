@@ -7,12 +7,12 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data.color import apply_color
-from data.datasets import Sample, SceneDataset, build_dataset
+from data.datasets import MultiViewDataset, Sample, build_dataset
 from data.decode import decode_views, pack
 from utils import distributed
 from utils.batch import Batch, stack_records
 from utils.config import TrainingPlan
-from utils.recipes import ViewRecipe
+from utils.view_recipes import ViewRecipe
 
 __all__ = ["Batch", "EpochSampler", "build_dataset", "build_loader", "collate", "prefetch"]
 
@@ -55,7 +55,7 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def build_loader(dataset: SceneDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+def build_loader(dataset: MultiViewDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Build a loader of `Batch`, whose workers live for the whole run."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
@@ -83,10 +83,10 @@ def prefetch(batches: Iterable[Batch], device: torch.device, recipes: Sequence[V
             yield apply_color(decode_views(batch, recipes, device))
         return
     prepared = _prepare_on_side_stream(batches, device, recipes)
-    following = next(prepared, None)
-    while following is not None:
-        batch, ready = following
-        following = next(prepared, None)
+    next_batch = next(prepared, None)
+    while next_batch is not None:
+        batch, ready = next_batch
+        next_batch = next(prepared, None)
         stream = torch.cuda.current_stream(device)
         stream.wait_event(ready)
         batch.record_stream(stream)

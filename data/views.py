@@ -1,4 +1,4 @@
-"""Geometry of the views on the worker: draw crops, flips and rotations, then cut and resample them to uint8.
+"""Geometry of the views on the worker: draw crops, flips and rotations, then crop and resize to uint8.
 
 The random numbers of a view come from (seed, epoch, image number, view number) alone, so that every run sees the same
 views whatever its number of workers, ranks and restarts.
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from data.color import draw_color
 from utils.batch import ViewRecord
-from utils.recipes import Overlap, ViewRecipe
+from utils.view_recipes import OverlapCondition, ViewRecipe
 
 Box = tuple[int, int, int, int]
 """x0 y0 x1 y1 in pixels of the source image, x1 and y1 exclusive."""
 
-TRIES = 10
-"""Draws of a crop that fits the image, before the central crop is taken."""
+MAX_CROP_TRIES = 10
+"""Attempts to draw a crop that fits into the image, before the central crop is used."""
 
 
 def make_views(image: Image.Image, recipes: Sequence[ViewRecipe], seed: int, epoch: int, index: int) -> ViewRecord:
-    """Draw and cut the views of image number `index`."""
+    """Draw the views of image number `index`, and crop and resize them."""
     record = draw_views(image.size, recipes, seed, epoch, index)
     pixels = rgb_pixels(image)
     geometry = zip(record.crops.int().tolist(), record.flips.tolist(), record.rotations.tolist())
-    record.views = [cut_view(pixels, recipe, *of_view) for recipe, of_view in zip(recipes, geometry)]
+    record.views = [crop_and_resize(pixels, recipe, *of_view) for recipe, of_view in zip(recipes, geometry)]
     return record
 
 
@@ -72,15 +72,15 @@ def draw_crop(
 ) -> Box:
     """Draw a crop of an image of (width, height).
 
-    First `recipe.overlap.tries` draws under the overlap condition with the `earlier` crops, then `TRIES` draws
-    without it, then the largest central crop of an allowed aspect ratio.
+    Try `recipe.overlap.tries` crops under the overlap condition with the `earlier` crops, then `MAX_CROP_TRIES` without
+    it; if none fits, return the largest central crop of an allowed aspect ratio.
     """
     if recipe.overlap is not None:
         for _ in range(recipe.overlap.tries):
             box, target_area = try_crop(rng, image_size, recipe)
             if box is not None and overlaps(box, target_area, recipe.overlap, image_size, earlier):
                 return box
-    for _ in range(TRIES):
+    for _ in range(MAX_CROP_TRIES):
         box, _target_area = try_crop(rng, image_size, recipe)
         if box is not None:
             return box
@@ -104,13 +104,13 @@ def try_crop(rng: np.random.Generator, image_size: tuple[int, int], recipe: View
 
 
 def overlaps(
-    box: Box, target_area: float, condition: Overlap, image_size: tuple[int, int], earlier: Sequence[Box]
+    box: Box, target_area: float, condition: OverlapCondition, image_size: tuple[int, int], earlier: Sequence[Box]
 ) -> bool:
-    """Whether `box` intersects the crops that `condition` names by the share that it asks for."""
+    """Return whether `box` intersects the crops that `condition` names by the share that it asks for."""
     areas = [intersection_area(box, earlier[view]) for view in condition.views]
-    if condition.of == "image":
-        return all(area > condition.share * image_size[0] * image_size[1] for area in areas)
-    return all(area >= condition.share * target_area for area in areas)
+    if condition.relative_to == "image":
+        return all(area > condition.min_share * image_size[0] * image_size[1] for area in areas)
+    return all(area >= condition.min_share * target_area for area in areas)
 
 
 def central_crop(image_size: tuple[int, int], ratio: tuple[float, float]) -> Box:
@@ -123,12 +123,12 @@ def central_crop(image_size: tuple[int, int], ratio: tuple[float, float]) -> Box
 
 
 def intersection_area(a: Box, b: Box) -> int:
-    """Area of the intersection of two boxes in pixels."""
+    """Return the area of the intersection of two boxes in pixels."""
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return max(0, w) * max(0, h)
 
 
-def cut_view(pixels: np.ndarray, recipe: ViewRecipe, box: Box, flip: bool, rotation: int) -> Tensor:
+def crop_and_resize(pixels: np.ndarray, recipe: ViewRecipe, box: Box, flip: bool, rotation: int) -> Tensor:
     """Crop, resample, flip and rotate pixels (H, W, 3) uint8: (3, size, size) uint8."""
     view = resample(pixels, box, recipe.size, recipe.interpolation)
     if flip:

@@ -13,8 +13,8 @@ def overlap_boxes(batch: Batch, a: int, b: int) -> tuple[Tensor, Tensor]:
     """Locate the intersection of views a and b in view a.
 
     Returns:
-        boxes: (B, 4) float32, x0 y0 x1 y1 in the frame of view a, flipped and rotated as it is, in 0..1; the whole
-            frame where the views do not intersect.
+        boxes: (B, 4) float32, x0 y0 x1 y1 in view a after its flip and rotation, as fractions of its sides;
+            (0, 0, 1, 1) where the views do not intersect.
         intersects: (B,) bool, whether the two views intersect.
     """
     crop_a, crop_b = batch.crops[:, a], batch.crops[:, b]
@@ -70,18 +70,21 @@ def align(
 
 
 def _sampling_matrix(start: Tensor, end: Tensor, cells: int, outputs: int) -> Tensor:
-    """Return the weights (B, outputs, cells) of a row of cells in the outputs between start and end (B,), in 0..1."""
+    """Return the interpolation matrix (B, outputs, cells) of RoIAlign along one axis.
+
+    It holds the weight of each cell in each output, for boxes from `start` to `end` (B,), in 0..1.
+    """
     number = torch.arange(cells, device=start.device, dtype=start.dtype)
     output = torch.arange(outputs, device=start.device, dtype=start.dtype)
     step = (end - start) * (cells / outputs)
-    most_samples = math.ceil(cells / outputs)
-    if most_samples == 1:
+    max_samples = math.ceil(cells / outputs)
+    if max_samples == 1:
         positions = start[:, None] * cells - 0.5 + (output + 0.5) * step[:, None]
         return _bilinear_weights(positions, number)
     # The tolerance keeps rounding of a whole number of samples from adding one.
     samples = (step - 1e-5).ceil().clamp(min=1)[:, None]
     weights = []
-    for sample in range(most_samples):
+    for sample in range(max_samples):
         positions = start[:, None] * cells - 0.5 + (output + (sample + 0.5) / samples) * step[:, None]
         used = (sample < samples) / samples
         weights.append(_bilinear_weights(positions, number) * used[:, :, None])
@@ -97,11 +100,11 @@ def _bilinear_weights(positions: Tensor, number: Tensor) -> Tensor:
 def _rotate_boxes(boxes: Tensor, rotations: Tensor) -> Tensor:
     """Rotate boxes (B, 4) in a unit square by counter-clockwise quarter turns (B,) of the square."""
     x0, y0, x1, y1 = boxes.unbind(1)
-    once = torch.stack([y0, 1 - x1, y1, 1 - x0], dim=1)
-    twice = torch.stack([1 - x1, 1 - y1, 1 - x0, 1 - y0], dim=1)
-    thrice = torch.stack([1 - y1, x0, 1 - y0, x1], dim=1)
+    rotated_90 = torch.stack([y0, 1 - x1, y1, 1 - x0], dim=1)
+    rotated_180 = torch.stack([1 - x1, 1 - y1, 1 - x0, 1 - y0], dim=1)
+    rotated_270 = torch.stack([1 - y1, x0, 1 - y0, x1], dim=1)
     quarters = rotations.remainder(4)[:, None, None].expand(-1, 1, 4)
-    return torch.stack([boxes, once, twice, thrice], dim=1).gather(1, quarters).squeeze(1)
+    return torch.stack([boxes, rotated_90, rotated_180, rotated_270], dim=1).gather(1, quarters).squeeze(1)
 
 
 def _undo_rotation(maps: Tensor, rotations: Tensor) -> Tensor:

@@ -46,6 +46,13 @@ class Encoder(nn.Module):
     stride: int
     """Pixels of the image for each cell of the feature map, in each direction."""
 
+    def check_image_size(self, size: int) -> None:
+        """Check that the encoder takes square images of `size` pixels.
+
+        Raises:
+            UsageError: it does not.
+        """
+
 
 class ResNetEncoder(Encoder, nn.Sequential):
     """A torchvision ResNet without pooling and classifier.
@@ -72,14 +79,14 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         choices=ARCHITECTURES,
         metavar="ARCH",
         default="resnet50",
-        help="encoder: a ResNet by its torchvision name, or a ViT by its timm name",
+        help="encoder: a ResNet of torchvision (resnet18 ...) or a ViT of timm (vit_tiny_patch16_224 ...)",
     )
     group.add_argument(
         "--output-stride",
         type=int,
         choices=_DILATED_STAGES,
         default=_DEFAULT_STRIDE,
-        help="pixels for each cell of the feature map of a ResNet; below 32 by dilation",
+        help="stride of the feature map of a ResNet; 16 and 8 use dilation",
     )
 
 

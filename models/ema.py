@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of a student in a teacher."""
+"""The exponential moving average (EMA) teacher: copy the student, then follow it."""
 
 import torch
 from torch import nn

@@ -53,15 +53,15 @@ def occupied(scores: Tensor) -> Tensor:
     return mask.scatter(1, assignment, True)
 
 
-class Grouped(NamedTuple):
-    """The slots (B, K, D) and scores (B, K, H, W) of a view, both float32."""
+class ViewSlots(NamedTuple):
+    """The slots (B, K, D) of a view and the scores (B, K, H, W) they were pooled with, both float32."""
 
     slots: Tensor
     scores: Tensor
 
 
 class Grouping(nn.Module):
-    """K learned prototypes of width D, among which the positions of a map are shared."""
+    """K learned prototypes of width D, to which the positions of a feature map are assigned."""
 
     def __init__(self, num_prototypes: int, dim: int, temperature: float):
         super().__init__()
@@ -72,7 +72,7 @@ class Grouping(nn.Module):
         """Return the scores (B, K, H, W) of features (B, D, H, W)."""
         return prototype_scores(features, self.slot_embed.weight)
 
-    def forward(self, features: Tensor, scores: Tensor | None = None) -> Grouped:
+    def forward(self, features: Tensor, scores: Tensor | None = None) -> ViewSlots:
         """Group features (B, D, H, W), whose scores (B, K, H, W) are computed unless given."""
         scores = self.scores(features) if scores is None else scores
-        return Grouped(pool_slots(features, scores, self.temperature), scores)
+        return ViewSlots(pool_slots(features, scores, self.temperature), scores)

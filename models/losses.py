@@ -9,9 +9,9 @@ from torch import Tensor
 from models.precision import upcast
 
 _BLOCK = 2**26
-"""Largest number of query-key products held at a time (256 MiB), ..."""
-_MOST_BLOCKS = 16
-"""... unless that takes more blocks than a compiler should unroll."""
+"""Largest number of query-key products in memory at a time, 256 MiB in float32."""
+_MAX_BLOCKS = 16
+"""Largest number of blocks; larger inputs get larger blocks, because the compiler unrolls the loop."""
 
 
 def distillation(
@@ -47,7 +47,7 @@ def slot_contrast(
         keys: (M, D), not normalized.
         key_mask: (M,) bool, the rows that are keys; the others are padding.
         positives: (N,) int64, the row of the positive key of each query.
-        temperature: tau.
+        temperature: of the softmax over the keys (tau).
 
     Returns:
         The mean over the queries; 0 if there are none.
@@ -71,14 +71,14 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any, query: Tensor, query_mask: Tensor, key: Tensor, key_mask: Tensor, positives: Tensor
     ) -> Tensor:
         gradient, total = [], query.new_zeros(())
-        rows = max(1, _BLOCK // len(key), -(-len(query) // _MOST_BLOCKS))
+        rows = max(1, _BLOCK // len(key), -(-len(query) // _MAX_BLOCKS))
         for q, mask, positive in zip(query.split(rows), query_mask.split(rows), positives.split(rows)):
             logits = (q @ key.T).masked_fill(~key_mask, -torch.inf)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             loss = log_sum - logits.gather(1, positive[:, None])
             total = total + torch.where(mask[:, None], loss, 0).sum()
-            slope = (logits - log_sum).exp() @ key - key[positive]
-            gradient.append(torch.where(mask[:, None], slope, 0))
+            block_gradient = (logits - log_sum).exp() @ key - key[positive]
+            gradient.append(torch.where(mask[:, None], block_gradient, 0))
         ctx.save_for_backward(torch.cat(gradient))
         return total
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.backbones import Encoder
 from utils.batch import Batch
 from utils.meter import Monitor
-from utils.recipes import ViewRecipe, two_view_recipes
+from utils.view_recipes import ViewRecipe, two_view_recipes
 
 
 class Method(nn.Module, ABC):
@@ -31,7 +31,7 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
         """Add the arguments of this method, `--teacher-momentum` among them, with their published values."""
 
     @staticmethod
@@ -52,9 +52,9 @@ class Method(nn.Module, ABC):
         """Update the EMA teacher; called once per optimizer step, before the forward."""
 
     def build_monitor(self, steps_per_epoch: int) -> Monitor | None:
-        """Build what watches the outputs of `forward` over steps; None if nothing does."""
+        """Build the monitor that accumulates statistics over steps; None if the method has none."""
         return None
 
     def slot_maps(self, images: Tensor) -> Tensor | None:
-        """Return the teacher's scores (B, K, h, w) of normalized images (B, 3, H, W); None without slots."""
+        """Return the teacher's prototype scores (B, K, h, w) for normalized images (B, 3, H, W); None without slots."""
         return None

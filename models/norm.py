@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of all ranks."""
+"""Batch norm of feature maps and of masked rows, with statistics over all ranks."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.heads import RowBatchNorm
 from models.precision import upcast
-from utils.distributed import all_gather_with_gradient
+from utils.distributed import all_gather_with_gradient, all_reduce_with_gradient
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class FastSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm of feature maps over all ranks in training; `nn.BatchNorm2d` in evaluation and with one rank.
 
     With several ranks the maps have to be on GPUs, with at least one image on each.
@@ -51,11 +50,67 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return torch.addcmul(self.bias[:, None, None], maps - mean[:, None, None], scale[:, None, None]).to(x.dtype)
 
 
-def convert_sync_batchnorm(model: nn.Module) -> None:
-    """Convert all batch norms of maps and rows in place; parameters and buffers stay the same tensors."""
+class RowBatchNorm(nn.Module):
+    """Batch norm over the rows that a mask marks; parameters and buffers as in `nn.BatchNorm1d`.
+
+    With `synchronized` the statistics are those of the valid rows of all ranks.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.synchronized = False
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize rows (N, dim), of which `mask` (N,) bool marks the valid ones.
+
+        Returns:
+            The normalized rows in the type of `rows` (statistics are float32), zeros where not valid; and which are
+            valid (N,): those of `mask`, or none where there are too few for statistics.
+        """
+        x = upcast(rows)
+        if self.training:
+            keep = mask[:, None]
+            count = self._sum_over_ranks(mask.sum().to(x.dtype))
+            mean = self._sum_over_ranks(torch.where(keep, x, 0).sum(0)) / count.clamp(min=1)
+            variance = self._sum_over_ranks(torch.where(keep, x - mean, 0).square().sum(0)) / count.clamp(min=1)
+            self._update_running_statistics(mean.detach(), variance.detach(), count)
+            valid = mask & (count > 1)
+        else:
+            mean, variance, valid = self.running_mean, self.running_var, mask
+        normalized = (x - mean) * (variance + self.eps).rsqrt()
+        out = normalized * self.weight + self.bias
+        return torch.where(valid[:, None], out, 0).to(rows.dtype), valid
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return all_reduce_with_gradient(value) if self.synchronized else value
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        weight = self.momentum * (count > 1).to(count.dtype)
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(unbiased, weight)
+        self.num_batches_tracked += 1
+
+
+def synchronize_batch_norms(model: nn.Module) -> None:
+    """Make all `nn.BatchNorm2d` and `RowBatchNorm` of a model compute their statistics over all ranks.
+
+    The model is changed in place; parameters and buffers stay the same tensors.
+    """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm
+            module.__class__ = FastSyncBatchNorm
         elif isinstance(module, RowBatchNorm):
             module.synchronized = True
 

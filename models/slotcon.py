@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from models.alignment import align, overlap_boxes
 from models.backbones import build_encoder
 from models.ema import copy_and_freeze, ema_update
-from models.grouping import Grouped, Grouping, occupied
+from models.grouping import Grouping, ViewSlots, occupied
 from models.heads import Projector, SlotPredictor
 from models.losses import distillation, slot_contrast
 from models.method import Method
-from models.slot_health import SlotMonitor, slot_statistics
+from models.slot_statistics import SlotMonitor, slot_statistics
 from utils.batch import Batch
 from utils.config import at_least, between
 from utils.distributed import all_gather, all_reduce_mean, rank
@@ -55,18 +55,28 @@ class SlotCon(Method):
     center: Tensor
 
     @staticmethod
-    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
         """Add the arguments of SlotCon."""
         count, share, temperature = at_least(1), between(0, 1), at_least(1e-3, float)
-        add = parser.add_argument
+        add = group.add_argument
         add("--dim-hidden", type=count, default=4096, help="width of the hidden layers of the MLP heads")
         add("--dim-out", type=count, default=256, help="width D of projections and prototypes")
         add("--num-prototypes", type=count, default=256, help="number K of prototypes; 2048 on ImageNet")
         add("--teacher-momentum", type=share, default=0.99, help="initial EMA momentum; a cosine takes it to 1")
-        add("--teacher-temp", type=temperature, default=0.07, help="temperature of the teacher and of the attention")
-        add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
+        add(
+            "--teacher-temp",
+            type=temperature,
+            default=0.07,
+            help="temperature of the teacher's assignment and of the slot attention",
+        )
+        add("--student-temp", type=temperature, default=0.1, help="temperature of the student's assignment")
         add("--center-momentum", type=share, default=0.9, help="momentum of the center of the teacher's scores")
-        add("--group-loss-weight", type=share, default=0.5, help="lambda; the slot contrast has weight 1 - lambda")
+        add(
+            "--group-loss-weight",
+            type=share,
+            default=0.5,
+            help="weight lambda of the grouping loss; the slot contrast has 1 - lambda",
+        )
         add("--contrast-temp", type=temperature, default=0.2, help="temperature tau of the slot contrast")
 
     def __init__(self, args: argparse.Namespace):
@@ -164,22 +174,23 @@ class SlotCon(Method):
         student_slots = [self.grouping_q(view.projected, view.scores) for view in student]
         with torch.no_grad():
             teacher_slots = [self.grouping_k(view.projected, view.scores) for view in teacher]
-        return self._contrast(student_slots[0], teacher_slots[1]) + self._contrast(student_slots[1], teacher_slots[0])
+        first = self._contrast_direction(student_slots[0], teacher_slots[1])
+        return first + self._contrast_direction(student_slots[1], teacher_slots[0])
 
-    def _contrast(self, student: Grouped, teacher: Grouped) -> Tensor:
+    def _contrast_direction(self, student_slots: ViewSlots, teacher_slots: ViewSlots) -> Tensor:
         """Contrast the student's slots of one view with the teacher's slots of the other view.
 
         An image has at most `min(K, H W)` occupied slots, so this many rows an image hold all keys, and the queries
         next to their positives; a fixed number of rows avoids reading their count from the device.
         """
-        is_key = occupied(teacher.scores)
-        is_query = is_key & occupied(student.scores)
-        rows = min(is_key.shape[1], teacher.scores[0, 0].numel())
+        is_key = occupied(teacher_slots.scores)
+        is_query = is_key & occupied(student_slots.scores)
+        rows = min(is_key.shape[1], teacher_slots.scores[0, 0].numel())
         chosen = is_key.float().topk(rows, dim=1).indices
-        keys, key_mask = _take_slots(teacher.slots, chosen), is_key.take_along_dim(chosen, dim=1).flatten()
+        keys, key_mask = _take_slots(teacher_slots.slots, chosen), is_key.take_along_dim(chosen, dim=1).flatten()
         all_keys, all_key_masks = all_gather(keys), all_gather(key_mask)  # asynchronous, overlap with the predictor
         query_mask = is_query.take_along_dim(chosen, dim=1).flatten()
-        queries, query_mask = self.predictor_slot(_take_slots(student.slots, chosen), query_mask)
+        queries, query_mask = self.predictor_slot(_take_slots(student_slots.slots, chosen), query_mask)
         positives = torch.arange(len(keys), device=keys.device) + rank() * len(keys)
         return slot_contrast(queries, query_mask, all_keys, all_key_masks, positives, self.contrast_temp)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.augmentation import AugmentationNoise, SlotAugmentation
 from models.grouping import prototype_scores
+from models.slot_augmentation import AugmentationNoise, SlotAugmentation
 from models.slotcon import SlotCon, ViewFeatures
 from utils.batch import Batch
 from utils.config import at_least, between
@@ -21,16 +21,21 @@ class SlotFA(SlotCon):
     """
 
     @staticmethod
-    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
         """Add the arguments of SlotCon and those of SlotFA."""
-        SlotCon.add_arguments(parser)
-        parser.set_defaults(group_loss_weight=1.0)
-        add, positive = parser.add_argument, at_least(0, float)
-        add("--fa-sigma-scale", type=positive, default=1.0, help="standard deviation of the scales around 1")
-        add("--fa-sigma-shift", type=positive, default=1.0, help="standard deviation of the shifts around 0")
-        add("--fa-loss-weight", type=positive, default=1.0, help="weight w of the augmented grouping loss")
+        SlotCon.add_arguments(group)
+        group.set_defaults(group_loss_weight=1.0)
+        add, non_negative = group.add_argument, at_least(0, float)
+        add("--fa-sigma-scale", type=non_negative, default=1.0, help="standard deviation of the scales around 1")
+        add("--fa-sigma-shift", type=non_negative, default=1.0, help="standard deviation of the shifts around 0")
+        add("--fa-loss-weight", type=non_negative, default=1.0, help="weight w of the augmented grouping loss")
         add("--fa-slot-ratio", type=between(0, 1), default=1.0, help="share of the occupied slots to augment")
-        add("--fa-level", choices=("projection", "encoder"), default="projection", help="which map to augment")
+        add(
+            "--fa-level",
+            choices=("projection", "encoder"),
+            default="projection",
+            help="feature map to augment: the projection, or the map of the encoder",
+        )
         add(
             "--fa-gradient",
             action=argparse.BooleanOptionalAction,

@@ -1,4 +1,4 @@
-"""What several test modules share: a refused command, a run's flags, a batch, and two ranks."""
+"""Helpers of several test modules: flags of small runs, batches, expected usage errors, and two ranks."""
 
 import argparse
 import json
@@ -19,12 +19,13 @@ from PIL import Image
 from torch import nn
 
 from models import build_method
+from models.backbones import Encoder
 from utils import distributed
 from utils.batch import Batch, ViewRecord
 
 TINY = ["--arch", "resnet18", "--image-size", "64", "--dim-hidden", "32", "--dim-out", "16", "--num-prototypes", "8"]
 TINY += ["--device", "cpu", "--num-workers", "0", "--batch-size", "8", "--epochs", "2", "--warmup-epoch", "1"]
-"""Flags of a small run, on 16 images of four steps."""
+"""Flags of a small run: four steps on the 16 images of the fixture `images`."""
 
 METHOD_FLAGS = {
     "slotcon": ["--method", "slotcon"],
@@ -36,7 +37,7 @@ METHOD_FLAGS = {
 """The flags of every method and preset."""
 
 
-class SmallEncoder(nn.Sequential):
+class SmallEncoder(Encoder, nn.Sequential):
     """An encoder that costs nearly nothing; the fixture `small_encoder` puts it in the place of a ResNet."""
 
     width, stride = 12, 8

@@ -86,7 +86,7 @@ def test_a_method_compiles_once_in_three_graphs_and_computes_the_same(method: st
     args = parse(*METHOD_FLAGS[method])
     expected, _ = three_steps(args, lambda method: None)
     results, counter = three_steps(args, compile_in_one_piece)
-    assert counter.frame_count == 3  # type: ignore[attr-defined]
+    assert counter.frame_count == 3
     assert relative_difference(results, expected) < 1e-9
 
 
@@ -193,7 +193,7 @@ def step_with_all_images() -> Result:
         synchronize_batch_norms(method)
         compile_in_one_piece(method)
         # Parameters of this size make torch split the graphs where gradients of a larger network are exchanged.
-        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = model.bucket_bytes_cap = 1000  # type: ignore[assignment]
+        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = model.bucket_bytes_cap = 1000
     loss = model(shard(make_batch(6)))["loss"]
     loss.backward()
     return {"loss": loss.detach(), "gradients": gradients(method), "buffers": list(method.buffers())}

@@ -20,7 +20,7 @@ from tests.helpers import SmallEncoder, read_metrics
 from utils.batch import Batch
 from utils.config import at_least, between, make_plan
 from utils.errors import UsageError
-from utils.recipes import ColorRecipe, Overlap, ViewRecipe
+from utils.view_recipes import ColorRecipe, OverlapCondition, ViewRecipe
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -41,21 +41,24 @@ class MultiCrop(Method):
     }
 
     @staticmethod
-    def add_arguments(parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument("--teacher-momentum", type=float, default=0.996)
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        group.add_argument("--teacher-momentum", type=float, default=0.996)
 
     @staticmethod
     def view_recipes(args: argparse.Namespace) -> tuple[ViewRecipe, ...]:
         shared = {"color": ColorRecipe(), "flip_p": 0.0, "rotate": True, "interpolation": "bilinear"}
         large = [
             ViewRecipe(args.image_size, (0.3, 1), overlap=overlap, **shared)
-            for overlap in (None, Overlap((0,), 0.02, "image", 100))
+            for overlap in (None, OverlapCondition((0,), 0.02, "image", 100))
         ]
-        return (*large, *[ViewRecipe(32, (0.1, 0.3), overlap=Overlap((0, 1), 0.01, "image", 100), **shared)] * 8)
+        return (
+            *large,
+            *[ViewRecipe(32, (0.1, 0.3), overlap=OverlapCondition((0, 1), 0.01, "image", 100), **shared)] * 8,
+        )
 
     def __init__(self, args: argparse.Namespace):
         super().__init__()
-        self.encoder_q, self.encoder_k = SmallEncoder(), SmallEncoder()  # type: ignore[assignment]
+        self.encoder_q, self.encoder_k = SmallEncoder(), SmallEncoder()
         copy_and_freeze(self.encoder_q, self.encoder_k)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -95,9 +98,9 @@ def test_a_recipe_wins_over_defaults_that_the_method_sets(
 ) -> None:
     add_arguments = MultiCrop.add_arguments
 
-    def set_defaults(parser: argparse._ArgumentGroup) -> None:
-        add_arguments(parser)
-        parser.set_defaults(optimizer="sgd")
+    def set_defaults(group: argparse._ArgumentGroup) -> None:
+        add_arguments(group)
+        group.set_defaults(optimizer="sgd")
 
     monkeypatch.setattr(MultiCrop, "add_arguments", staticmethod(set_defaults))
     assert main_pretrain.parse_args(["--method", "multi-crop"]).optimizer == "adamw"

@@ -34,7 +34,7 @@ def test_a_dataset_has_the_images_of_its_folders(dataset: str, tmp_path: Path) -
         make_image(40, 30).save(tmp_path / "elsewhere" / "d.jpg")
     loaded = build_dataset(parse(dataset, tmp_path))
     assert [os.fsdecode(file) for file in loaded.files] == sorted(expected)
-    assert loaded.plain(2, 16).shape == (2, 3, 16, 16)
+    assert loaded.center_crops(2, 16).shape == (2, 3, 16, 16)
 
 
 def test_indices_continue_over_epochs(images: Path) -> None:

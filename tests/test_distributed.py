@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import main_pretrain
 from models.grouping import occupied, prototype_scores
 from models.heads import SlotPredictor
-from models.norm import convert_sync_batchnorm
+from models.norm import synchronize_batch_norms
 from tests.helpers import TINY, build_small_method, make_batch, run_on_two_ranks, shard
 from utils import distributed
 from utils.batch import Batch
@@ -54,7 +54,7 @@ def contrast_slots() -> Result:
     student = method.grouping_q(method.projector_q(method.encoder_q(batch.views[0])))
     with torch.no_grad():
         teacher = method.grouping_k(method.projector_k(method.encoder_k(batch.views[1])))
-    loss = method._contrast(student, teacher)
+    loss = method._contrast_direction(student, teacher)
     loss.backward()
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     queries = (occupied(student.scores) & occupied(teacher.scores)).sum()
@@ -71,7 +71,7 @@ def predict_masked_rows() -> Result:
         rows, mask = torch.randn(16, 5, dtype=torch.float64), torch.zeros(16, dtype=torch.bool)
         mask[list(valid)] = True
         if distributed.world_size() > 1:
-            convert_sync_batchnorm(predictor)
+            synchronize_batch_norms(predictor)
             rows, mask = (tensor.chunk(2)[distributed.rank()] for tensor in (rows, mask))
         output, valid_rows = predictor(rows, mask)
         output = torch.where(valid_rows[:, None], output, 0)

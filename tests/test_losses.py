@@ -137,7 +137,7 @@ def test_block_size_changes_neither_slot_contrast_nor_its_gradient(
     inputs = contrast_inputs(np.random.default_rng(1))
     expected = contrast_and_gradients(inputs)
     monkeypatch.setattr(losses, "_BLOCK", products)
-    monkeypatch.setattr(losses, "_MOST_BLOCKS", 7)
+    monkeypatch.setattr(losses, "_MAX_BLOCKS", 7)
     for value, expected_value in zip(contrast_and_gradients(inputs), expected):
         torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=1e-12)
 
@@ -264,7 +264,7 @@ def contrast_on_rank() -> dict[str, Any]:
     if distributed.rank() == 0:  # all positions of the teacher are in slot 0: fewer keys than on the other rank
         teacher.scores[:, 0] = 2
     predictor = {name: value.detach().clone() for name, value in method.predictor_slot.mlp.named_parameters()}
-    loss = method._contrast(student, teacher)
+    loss = method._contrast_direction(student, teacher)
     return {"loss": loss.detach(), "student": tuple(student), "teacher": tuple(teacher), "predictor": predictor}
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import build_encoder
-from models.heads import Projector, RowBatchNorm, SlotPredictor
-from models.norm import SyncBatchNorm, _SyncBatchNormFunction, convert_sync_batchnorm
+from models.heads import Projector, SlotPredictor
+from models.norm import FastSyncBatchNorm, RowBatchNorm, _SyncBatchNormFunction, synchronize_batch_norms
 from models.precision import upcast
 from tests.helpers import run_on_two_ranks
 from utils import distributed
@@ -132,7 +132,7 @@ def train_on_rank() -> dict[str, Any]:
         maps = with_layout(case.maps(1)[images], case.layout)
         gradient = with_layout(case.maps(2)[images], case.gradient_layout)
         with patch("torch.compiler.is_compiling", lambda compiled=case.compiled: compiled):
-            results[name] = train_step(case.norm(SyncBatchNorm), maps, gradient)
+            results[name] = train_step(case.norm(FastSyncBatchNorm), maps, gradient)
     return results
 
 
@@ -169,7 +169,7 @@ def test_two_ranks_normalize_as_one_process_with_all_images(name: str, ranks: li
 def test_one_process_uses_the_batch_norm_of_torch(training: bool) -> None:
     case = CASES["channels last"]
     results = []
-    for kind in (SyncBatchNorm, nn.BatchNorm2d):
+    for kind in (FastSyncBatchNorm, nn.BatchNorm2d):
         norm, maps = case.norm(kind).train(training), case.maps(1).requires_grad_()
         outputs = norm(maps)
         outputs.backward(case.maps(2))
@@ -183,13 +183,13 @@ def test_conversion_keeps_tensors_and_options_of_every_batch_norm() -> None:
     model = nn.ModuleList([encoder, Projector(512, 8, 4), SlotPredictor(4, 8, 4), nn.BatchNorm2d(2)]).eval()
     encoder.bn1.eps, encoder.bn1.momentum = 0.25, 0.5
     before = model.state_dict(keep_vars=True)
-    convert_sync_batchnorm(model)
+    synchronize_batch_norms(model)
     after = model.state_dict(keep_vars=True)
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
     kinds = [type(module) for module in model.modules()]
     assert nn.BatchNorm2d not in kinds
-    assert kinds.count(SyncBatchNorm) == 20 + 2 + 1
+    assert kinds.count(FastSyncBatchNorm) == 20 + 2 + 1
     assert (encoder.bn1.eps, encoder.bn1.momentum, encoder.bn1.training) == (0.25, 0.5, False)
     assert all(module.synchronized for module in model.modules() if isinstance(module, RowBatchNorm))
 
@@ -210,14 +210,14 @@ def nccl(tmp_path: Path) -> Iterator[None]:
 def test_gpu_normalizes_without_waiting_for_the_device(layout: str, dtype: torch.dtype) -> None:
     case = Case((6, 40, 9, 7), layout=layout, dtype=dtype)
     gradient, results = with_layout(case.maps(2), layout).cuda(), []
-    for kind in (SyncBatchNorm, nn.BatchNorm2d):
+    for kind in (FastSyncBatchNorm, nn.BatchNorm2d):
         norm = case.norm(kind).cuda()
         maps = with_layout(case.maps(1), layout).cuda().requires_grad_()
         running = norm.running_mean, norm.running_var
         torch.distributed.all_reduce(torch.zeros(1, device="cuda"))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            if kind is SyncBatchNorm:  # with one rank the module itself uses the batch norm of torch
+            if kind is FastSyncBatchNorm:  # with one rank the module itself uses the batch norm of torch
                 outputs = _SyncBatchNormFunction.apply(maps, norm.weight, norm.bias, *running, norm.momentum, norm.eps)
             else:
                 outputs = norm(maps)

@@ -56,11 +56,11 @@ def test_plan_of_slotcon() -> None:
     slotcon = plan("--base-lr", "2", "--warmup-epoch", "3")
     assert (slotcon.steps_per_epoch, slotcon.total_steps, slotcon.warmup_steps, slotcon.peak_lr) == (4, 40, 12, 2)
     for step in range(40):
-        assert slotcon.lr(step) == pytest.approx(reference.warmup_cosine(step, 40, 2.0, 12, start=0.02))
-        assert slotcon.momentum(step) == pytest.approx(reference.cosine(step, 40, 0.99, 1))
-        assert slotcon.decay(step) == 1e-5
+        assert slotcon.lr_at(step) == pytest.approx(reference.warmup_cosine(step, 40, 2.0, 12, start=0.02))
+        assert slotcon.teacher_momentum_at(step) == pytest.approx(reference.cosine(step, 40, 0.99, 1))
+        assert slotcon.weight_decay_at(step) == 1e-5
         assert slotcon.epoch(step) == step / 4
-    rates = [slotcon.lr(step) for step in range(40)]
+    rates = [slotcon.lr_at(step) for step in range(40)]
     assert all(a < b for a, b in pairwise(rates[:13]))
     assert all(a > b for a, b in pairwise(rates[12:]))
 
@@ -69,15 +69,15 @@ def test_plan_with_warm_up_from_zero_and_scheduled_weight_decay() -> None:
     flags = "--base-lr 5e-4 --warmup-epoch 2 --warmup-multiplier inf --weight-decay 0.04 --weight-decay-end 0.4"
     gtsa = plan(*flags.split(), "--teacher-momentum", "0.996", "--accum-steps", "2")
     assert (gtsa.steps_per_epoch, gtsa.effective_batch, gtsa.peak_lr) == (2, 512, 1e-3)
-    assert gtsa.lr(0) == 0
+    assert gtsa.lr_at(0) == 0
     for step in range(20):
-        assert gtsa.lr(step) == pytest.approx(reference.warmup_cosine(step, 20, 1e-3, 4, start=0))
-        assert gtsa.decay(step) == pytest.approx(reference.cosine(step, 20, 0.04, 0.4))
-        assert gtsa.momentum(step) == pytest.approx(reference.cosine(step, 20, 0.996, 1))
+        assert gtsa.lr_at(step) == pytest.approx(reference.warmup_cosine(step, 20, 1e-3, 4, start=0))
+        assert gtsa.weight_decay_at(step) == pytest.approx(reference.cosine(step, 20, 0.04, 0.4))
+        assert gtsa.teacher_momentum_at(step) == pytest.approx(reference.cosine(step, 20, 0.996, 1))
 
 
 def test_plan_with_a_learning_rate_by_epoch() -> None:
     triplet = plan("--lr-schedule", "epoch-cosine", "--base-lr", "4.8", "--warmup-multiplier", "1e4")
     for step in range(40):
-        assert triplet.lr(step) == pytest.approx(reference.epoch_cosine(step, 4, 10, 4.8, 20))
-    assert triplet.lr(24) == triplet.lr(27) > triplet.lr(28)
+        assert triplet.lr_at(step) == pytest.approx(reference.epoch_cosine(step, 4, 10, 4.8, 20))
+    assert triplet.lr_at(24) == triplet.lr_at(27) > triplet.lr_at(28)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.augmentation import SlotAugmentation
+from models.slot_augmentation import SlotAugmentation
 from tests.helpers import run_on_two_ranks, shard
 from tests.method_data import (
     assert_gradients_are_slopes,
@@ -62,7 +62,7 @@ def test_augmented_map_matches_reference(
     module = SlotAugmentation(K, D, *rng.uniform(0.1, 2, 2), ratio)
     features = torch.from_numpy(rng.standard_normal((B, D, H, W))).contiguous(memory_format=memory_format)
     assignment, noise = torch.from_numpy(rng.integers(0, K, (B, H, W))), module.draw_noise(seed, 3, 1, CPU)
-    alpha, beta = (value.numpy() for value in module.select(assignment, noise))
+    alpha, beta = (value.numpy() for value in module.scale_and_shift(assignment, noise))
     expected = reference.augmented_map(features.numpy(), assignment.numpy(), alpha, beta)
     np.testing.assert_allclose(module(features, assignment, noise), expected, rtol=0, atol=1e-12)
 
@@ -104,7 +104,7 @@ def test_share_of_the_occupied_slots_is_augmented(slots: tuple[int, list[int]], 
     K, assigned = slots
     assignment, module = torch.tensor(assigned).view(1, 1, -1), SlotAugmentation(K, 3, 1.0, 1.0, ratio)
     noise = module.draw_noise(0, step, 0, CPU)
-    alpha, beta = module.select(assignment, noise)
+    alpha, beta = module.scale_and_shift(assignment, noise)
     selected = augmented_slots(alpha, beta)
     if ratio < 1:
         assert len(selected) == reference.selected_count(ratio, [assignment.numpy()])
@@ -137,7 +137,7 @@ def test_slotfa_matches_the_composition_of_the_references(
     projector = {name: to_array(value) for name, value in method.projector_q.mlp.named_parameters()}
     for view, z, s, noise in zip(batch.views, inputs.student, scores, method.draw_noise(batch)):
         assignment = reference.assignment(s)
-        alpha, beta = (to_array(value) for value in method.augmentation.select(torch.from_numpy(assignment), noise))
+        alpha, beta = (to_array(value) for value in method.augmentation.scale_and_shift(torch.from_numpy(assignment), noise))
         source = z if level == "projection" else to_array(method.encoder_q(view))
         features = reference.augmented_map(source, assignment, alpha, beta)
         augmented.append(features if level == "projection" else mlp_on_maps(features, projector))
@@ -255,7 +255,7 @@ def train_on_rank() -> dict[str, Any]:
             model(replace(shard(random_batch(12)), step=step))["loss"].backward()
         result[name] = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     module, assignment = SlotAugmentation(9, 4, 1.0, 1.0, 0.75), torch.tensor([[OCCUPIED[distributed.rank()]]])
-    draws = [module.select(assignment, module.draw_noise(0, step, 0, CPU)) for step in range(30)]
+    draws = [module.scale_and_shift(assignment, module.draw_noise(0, step, 0, CPU)) for step in range(30)]
     result["noise"] = torch.stack([torch.cat(draw, dim=1) for draw in draws])
     result["selected"] = [augmented_slots(*draw) for draw in draws]
     return result

@@ -15,7 +15,16 @@ from torchvision.transforms import RandomResizedCrop
 from data import views
 from data.datasets import Sample
 from data.loader import collate
-from data.views import Box, central_crop, cut_view, draw_crop, draw_views, intersection_area, make_views, rgb_pixels
+from data.views import (
+    Box,
+    central_crop,
+    crop_and_resize,
+    draw_crop,
+    draw_views,
+    intersection_area,
+    make_views,
+    rgb_pixels,
+)
 from models.alignment import align, overlap_boxes
 from tests.helpers import make_image
 from utils import batch as batch_module
@@ -29,8 +38,8 @@ QUANTILES = np.linspace(0.05, 0.95, 19)
 def multi_crop_recipes(share: float = 0.01, of: str = "image", tries: int = 100) -> tuple[ViewRecipe, ...]:
     """Make 2 + 8 views: rotated, not flipped, bilinear, each crop overlapping every global crop."""
     first = ViewRecipe(32, (0.3, 1.0), ColorRecipe(), flip_p=0, rotate=True, interpolation="bilinear")
-    second = replace(first, overlap=OverlapCondition((0,), 2 * share, of, tries))  # type: ignore[arg-type]
-    local = replace(first, size=16, scale=(0.1, 0.3), overlap=OverlapCondition((0, 1), share, of, tries))  # type: ignore[arg-type]
+    second = replace(first, overlap=OverlapCondition((0,), 2 * share, of, tries))
+    local = replace(first, size=16, scale=(0.1, 0.3), overlap=OverlapCondition((0, 1), share, of, tries))
     return (first, second, *[local] * 8)
 
 
@@ -85,11 +94,14 @@ def test_overlap_is_a_share_of_the_target_area_or_of_the_image(of: str, monkeypa
     try_crop = views.try_crop
 
     def record(*args: object) -> tuple[Box | None, float]:
-        draws.append(try_crop(*args))  # type: ignore[arg-type]
+        draws.append(try_crop(*args))
         return draws[-1]
 
     monkeypatch.setattr(views, "try_crop", record)
-    earlier, recipe = [(0, 0, 200, 200), (100, 0, 300, 240)], replace(RECIPE, overlap=OverlapCondition((0, 1), 0.05, of, 10))  # type: ignore[arg-type]
+    earlier, recipe = (
+        [(0, 0, 200, 200), (100, 0, 300, 240)],
+        replace(RECIPE, overlap=OverlapCondition((0, 1), 0.05, of, 10)),
+    )
     fulfilled_at = []
     for seed in range(200):
         draws.clear()
@@ -170,9 +182,9 @@ def pillow_view(image: Image.Image, box: Box, size: int, interpolation: str) -> 
 
 
 def assert_pixels_equal_pillows(image: Image.Image, seed: int, interpolation: str = "bicubic") -> None:
-    recipe = replace(RECIPE, interpolation=interpolation)  # type: ignore[arg-type]
+    recipe = replace(RECIPE, interpolation=interpolation)
     box = draw_crop(np.random.default_rng(seed), image.size, recipe)
-    view = cut_view(np.asarray(image), recipe, box, flip=False, rotation=0)
+    view = crop_and_resize(np.asarray(image), recipe, box, flip=False, rotation=0)
     difference = (view.int() - pillow_view(image, box, 224, interpolation).int()).abs()
     assert difference.max() <= 2
     assert (difference != 0).float().mean() < 0.02
@@ -197,7 +209,7 @@ def test_rotation_is_counter_clockwise_after_the_flip() -> None:
     recipe = replace(RECIPE, size=40)
     for flip, corners in ((False, ["tl", "bl", "br", "tr"]), (True, ["tr", "tl", "bl", "br"])):
         for rotation, corner in enumerate(corners):
-            view = cut_view(pixels, recipe, (0, 0, 40, 40), flip, rotation)[0] > 127
+            view = crop_and_resize(pixels, recipe, (0, 0, 40, 40), flip, rotation)[0] > 127
             row, column = (20 if corner[0] == "b" else 0), (20 if corner[1] == "r" else 0)
             assert view[row : row + 20, column : column + 20].float().mean() > 0.9, (flip, rotation)
             assert view.float().mean() < 0.3

@@ -58,7 +58,7 @@ class EncodedImages:
 
 @dataclass
 class Batch(ViewRecord):
-    """B images in V views: what a loader yields and a method takes.
+    """The V views of B images, as the loader yields them and a method takes them.
 
     All tensors of `ViewRecord` have a leading dimension B. The random numbers of a view are drawn in the worker; the
     random numbers of a method are drawn from `seed` and `step`, which the training loop fills in.
@@ -69,8 +69,11 @@ class Batch(ViewRecord):
     encoded: EncodedImages | None = None
     """The images whose views `data.decode.decode_views` has still to cut; None once the views are there."""
     step: int = 0
+    """Optimizer step of the run, from 0."""
     epoch: float = 0.0
+    """Epochs completed before this step, with their fraction."""
     seed: int = 0
+    """Seed of the run."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to `device`, without blocking the host where the memory is pinned.

@@ -1,4 +1,4 @@
-"""Compile the methods of a `Method` that allow it, where the machine can."""
+"""Compile parts of the training step with torch.compile; run eagerly where the machine cannot compile."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--cuda-graphs",
         action=optional,
         default=False,
-        help="replay the kernel launches of a step, for small batches; one GPU, compiled",
+        help="capture the step in CUDA graphs, for small batches; needs --compile and one GPU",
     )
     group.add_argument(
         "--activation-budget",
@@ -71,9 +71,9 @@ def _compile_error(device: torch.device) -> str:
 
 
 def compile_methods(module: nn.Module, names: Sequence[str], args: argparse.Namespace) -> None:
-    """Compile the methods `names` of a module in place, at their first call.
+    """Compile the methods `names` of a module in place; compilation happens at their first call.
 
-    With one process, code that cannot be compiled then runs eagerly, with a warning. With several it is an error.
+    With one process, code that cannot be compiled runs eagerly, with a warning. With several it is an error.
     """
     torch._dynamo.config.suppress_errors = distributed.world_size() == 1
     torch._functorch.config.activation_memory_budget = args.activation_budget

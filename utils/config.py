@@ -1,4 +1,4 @@
-"""Command-line arguments that all methods share, and the numbers of a run that follow from them."""
+"""Command-line arguments shared by all methods, and the training plan derived from them."""
 
 import argparse
 import math
@@ -67,16 +67,16 @@ def _warmup_multiplier(text: str) -> float:
 
 def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the arguments of batch, optimizer, schedules and precision."""
-    add, positive = group.add_argument, at_least(0, float)
+    add, non_negative = group.add_argument, at_least(0, float)
     add("--batch-size", type=at_least(1), default=512, help="images per batch over all GPUs")
     add("--accum-steps", type=at_least(1), default=1, help="gradient accumulation steps")
     add("--optimizer", choices=("sgd", "lars", "adamw"), default="lars", help="optimizer")
-    add("--base-lr", type=positive, default=1.0, help="learning rate for an effective batch of 256")
+    add("--base-lr", type=non_negative, default=1.0, help="learning rate for an effective batch of 256")
     add(
         "--lr-schedule",
         choices=("cosine", "epoch-cosine"),
         default="cosine",
-        help="cosine decay by iteration or by epoch",
+        help="cosine: half cosine by iteration; epoch-cosine: by whole epochs, down to 0",
     )
     add("--warmup-epoch", type=at_least(0), default=5, help="epochs of linear warm-up")
     add(
@@ -85,14 +85,23 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
         default=100,
         help="the warm-up starts at the learning rate divided by this; inf starts at 0",
     )
-    add("--weight-decay", type=positive, default=1e-5, help="weight decay, not applied to biases and norms")
-    add("--weight-decay-end", type=positive, help="final weight decay of a cosine schedule; default: constant")
+    add("--weight-decay", type=non_negative, default=1e-5, help="weight decay, not applied to biases and norms")
+    add("--weight-decay-end", type=non_negative, help="final weight decay of a cosine schedule; default: constant")
     add("--momentum", type=between(0, 1), default=0.9, help="momentum of sgd and lars")
-    add("--clip-grad", type=positive, default=0.0, help="max gradient norm; 0 disables clipping")
+    add("--clip-grad", type=non_negative, default=0.0, help="max gradient norm; 0 disables clipping")
     add("--clip-grad-per-parameter", action="store_true", help="clip the norm of each parameter on its own")
     add("--epochs", type=at_least(1), default=800, help="number of epochs")
-    add("--start-epoch", type=at_least(1), default=1, help="first epoch of a run that does not resume")
-    add("--amp", choices=("bf16", "fp16", "off"), help="mixed precision; default: bf16 where the GPU has it, CPU off")
+    add(
+        "--start-epoch",
+        type=at_least(1),
+        default=1,
+        help="first epoch, counted from 1, of a run that starts from scratch or from --init",
+    )
+    add(
+        "--amp",
+        choices=("bf16", "fp16", "off"),
+        help="mixed precision; default: bf16 on GPUs that support it, fp16 on older GPUs, off on CPUs",
+    )
     add("--fp16", action="store_const", const="fp16", dest="amp", help="the same as --amp fp16")
 
 
@@ -117,7 +126,7 @@ def add_probe_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--probe-freq", type=at_least(0), default=0, help="epochs between linear probes of the teacher; 0 disables them"
     )
-    add("--probe-dir", default="", help="folder of labeled images for the probe, which uses 100 + 100 of them")
+    add("--probe-dir", default="", help="folder of labeled images; the probe trains on 100 and evaluates on 100 others")
     add("--probe-dataset", choices=PROBE_DATASETS, default="folder", help="layout of --probe-dir")
 
 
@@ -135,7 +144,7 @@ def set_recipe(parser: argparse.ArgumentParser, recipe: Mapping[str, Any]) -> No
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The numbers of a run; schedules are functions of the global optimizer step."""
+    """Batch sizes, step counts and schedules of a run; the schedules are functions of the global optimizer step."""
 
     num_images: int
     batch_size: int
@@ -153,36 +162,37 @@ class TrainingPlan:
 
     @property
     def effective_batch(self) -> int:
-        """Images per optimizer step."""
+        """The number of images per optimizer step."""
         return self.batch_size * self.accum_steps
 
-    def lr(self, step: int) -> float:
-        """Learning rate of a step."""
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step."""
         shape = (step, self.total_steps, self.peak_lr, self.warmup_steps)
         if self.lr_schedule == "epoch-cosine":
             return epoch_cosine(*shape, self.steps_per_epoch, self.warmup_multiplier)
         return warmup_cosine(*shape, self.warmup_multiplier)
 
-    def decay(self, step: int) -> float:
-        """Weight decay of a step."""
+    def weight_decay_at(self, step: int) -> float:
+        """Return the weight decay of a step."""
         if self.weight_decay_end == self.weight_decay:
             return self.weight_decay
         return half_cosine(step, self.total_steps, self.weight_decay, self.weight_decay_end)
 
-    def momentum(self, step: int) -> float:
-        """Teacher momentum of a step."""
+    def teacher_momentum_at(self, step: int) -> float:
+        """Return the momentum of the EMA teacher of a step."""
         return half_cosine(step, self.total_steps, self.teacher_momentum, 1.0)
 
     def epoch(self, step: int) -> float:
-        """Epochs completed before a step."""
+        """Return the number of epochs completed before a step."""
         return step / self.steps_per_epoch
 
 
 def make_plan(args: argparse.Namespace, num_images: int, world_size: int) -> TrainingPlan:
-    """Derive the numbers of a run from its arguments.
+    """Derive the training plan of a run from its arguments.
 
     Raises:
-        UsageError: the batch is not divisible by the number of processes, or larger than the dataset.
+        UsageError: the batch is not divisible by the number of processes, larger than the dataset, or too small for
+            batch norm; or --start-epoch is beyond --epochs.
     """
     batch_size, effective = args.batch_size, args.batch_size * args.accum_steps
     if batch_size % world_size:
@@ -194,8 +204,11 @@ def make_plan(args: argparse.Namespace, num_images: int, world_size: int) -> Tra
         raise UsageError(
             f"{product}: more than the {num_images} images of --data-dir {args.data_dir}; use a smaller batch"
         )
-    if batch_size == 1 and args.image_size <= args.output_stride:
-        raise UsageError(f"--batch-size 1 with --image-size {args.image_size}: batch norm needs more; use a larger one")
+    normalized_images = batch_size if args.device == "cuda" else batch_size // world_size
+    if normalized_images == 1 and args.image_size <= args.output_stride:
+        raise UsageError(
+            f"--batch-size {batch_size} with --image-size {args.image_size}: too few values for batch norm; use larger ones"
+        )
     if args.start_epoch > args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: beyond --epochs {args.epochs}; use a lower one")
     steps_per_epoch = num_images // effective

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import sys
 
 import torch
+from torch import Tensor
 
 from utils import distributed
 from utils.errors import UsageError
@@ -35,7 +37,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    # TF32 keeps 10 bits of the mantissa, bfloat16 7 and float16 10.
+    # TF32 has the 10-bit mantissa of float16, so mixed precision may use it; with --amp off products are float32.
     torch.set_float32_matmul_precision("highest" if args.amp == "off" else "high")
     torch.backends.cudnn.allow_tf32 = args.amp != "off"
     return device
@@ -56,3 +58,18 @@ def loader_workers(requested: int) -> int:
     """Limit the number of loader workers to the share of this process in the CPU cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(requested, max(1, cores // distributed.local_world_size()))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to `device` without blocking the host."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the peak memory in GiB: of a GPU as allocated by torch, of the CPU as resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # does not exist on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -11,9 +11,9 @@ from utils import distributed
 from utils.batch import Batch
 from utils.errors import UsageError
 
-_MOST_BAD_STEPS = 10
+_MAX_BAD_STEPS = 10
 """Consecutive steps without a finite loss after which a run stops."""
-_MOST_UNREADABLE = 0.01
+_MAX_UNREADABLE_SHARE = 0.01
 """Share of unreadable images above which a run stops."""
 
 
@@ -44,6 +44,7 @@ class Meter:
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._steps_ok = torch.zeros((), device=self.device)
+        self._updates = torch.zeros((), device=self.device)
         self._flags: list[Tensor] = []
         self._steps, self._wait_seconds, self._images = 0, 0.0, 0
         self._start = time.monotonic()
@@ -73,8 +74,11 @@ class Meter:
             self.monitor.update(outputs)
         for name in outputs[0]:
             self._accumulate(name, torch.stack([output[name].detach().float() for output in outputs]).mean(), step_ok)
-        self._accumulate("optim/gradient_norm", gradient_norm, step_ok)
+        # A gradient scaler skips steps whose gradients overflow.
+        updated = step_ok * gradient_norm.isfinite()
+        self._accumulate("optim/gradient_norm", gradient_norm, updated)
         self._steps_ok = self._steps_ok + step_ok
+        self._updates = self._updates + updated
         self._flags += [bad_ranks, step_ok[None]]
         self._steps += 1
 
@@ -96,19 +100,22 @@ class Meter:
         local = torch.cat([torch.stack(list(self._sums.values())), host.to(self.device, non_blocking=True)])
         total = distributed.all_reduce_sum(local)
         monitored = self.monitor.compute() if self.monitor is not None else {}
-        values = torch.cat([total, self._steps_ok[None], *self._flags]).tolist()
+        values = torch.cat([total, self._steps_ok[None], self._updates[None], *self._flags]).tolist()
         elapsed, ranks = time.monotonic() - self._start, distributed.world_size()
 
-        sums, (images, wait_seconds, new_unreadable, steps_ok) = values[: len(names)], values[len(names) :][:4]
-        flags = values[len(names) + 4 :]
+        sums, (images, wait_seconds, new_unreadable, *counts) = values[: len(names)], values[len(names) :][:5]
+        (steps_ok, updates), flags = counts, values[len(names) + 5 :]
         messages = self._report_bad_steps(flags, step - self._steps, ranks)
         messages += self._exchange_unreadable() if new_unreadable else []
-        metrics = {name: value / ranks / steps_ok if steps_ok else float("nan") for name, value in zip(names, sums)}
+        divisors = {name: updates if name == "optim/gradient_norm" else steps_ok for name in names}
+        metrics = {
+            name: value / ranks / divisors[name] if divisors[name] else float("nan") for name, value in zip(names, sums)
+        }
         if self.monitor is not None and monitored:
             metrics |= dict(zip(monitored, torch.stack(list(monitored.values())).tolist()))
             messages += self.monitor.warnings(metrics)
         metrics |= {
-            "optim/skipped_steps": self._steps - steps_ok,
+            "optim/skipped_steps": self._steps - updates,
             "speed/images_per_second": images / elapsed,
             "speed/data_wait": wait_seconds / ranks / elapsed,
             "data/unreadable_images": len(self.unreadable),
@@ -126,9 +133,9 @@ class Meter:
             names = ", ".join(str(rank) for rank in range(ranks) if bad_ranks[rank])
             cause = f"the loss on rank {names}" if names else "the gradient"
             messages.append(f"step {first_step + number}: {cause} was not finite; step skipped")
-            if self._bad_steps == _MOST_BAD_STEPS:
+            if self._bad_steps == _MAX_BAD_STEPS:
                 raise UsageError(
-                    f"step {first_step + number}: {cause} was not finite, the last of {_MOST_BAD_STEPS} such steps in "
+                    f"step {first_step + number}: {cause} was not finite, the last of {_MAX_BAD_STEPS} such steps in "
                     "a row; resume from the last checkpoint with a lower --base-lr or another --amp"
                 )
         return messages
@@ -138,7 +145,7 @@ class Meter:
         new = sorted({name for names in gathered for name in names})
         self.unreadable += new
         self._new_unreadable.clear()
-        if len(self.unreadable) > _MOST_UNREADABLE * self.num_images:
+        if len(self.unreadable) > _MAX_UNREADABLE_SHARE * self.num_images:
             raise UsageError(
                 f"--data-dir: {len(self.unreadable)} of {self.num_images} images are unreadable, more than 1 %; "
                 f"repair or remove {', '.join(self.unreadable)}"

@@ -119,7 +119,11 @@ def save(run: Run, step: int, epoch: int) -> None:
         "versions": versions(),
     }
     checkpoint.save(path, state)
-    link_or_copy(path.with_name("current.pth"), path)
+    current = path.with_name("current.pth")
+    try:
+        link_or_copy(current, path)
+    except OSError as error:
+        raise UsageError(f"--output-dir: {current} cannot be written ({error.strerror}); {path} is intact") from None
 
 
 def restore(run: Run, path: Path) -> tuple[int, list[str]]:

@@ -41,7 +41,7 @@ class Run(Generic[MethodT]):
         weights = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
         local_norm = args.device == "cpu" and distributed.world_size() > 1
         lines = {
-            "method": f"{args.method}, {args.arch}, output stride {args.output_stride}",
+            "method": f"{args.method}, {args.arch}, stride {method.encoder_q.stride}",
             "images": f"{plan.num_images} of {args.dataset} in {args.data_dir}",
             "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}"
             + (", batch norm not synchronized (that needs GPUs)" if local_norm else ""),

@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -31,10 +30,12 @@ class RunLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _drop_after(folder / "metrics.jsonl", start_step)
+            _truncate_metrics(folder / "metrics.jsonl", start_step)
             self._text = (folder / "log.txt").open("a", buffering=1)
             self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(folder), purge_step=self._axis(start_step) + 1 if start_step else None)
+            self._board = SummaryWriter(
+                str(folder), purge_step=self._tensorboard_step(start_step) + 1 if start_step else None
+            )
         except OSError as error:
             raise UsageError(
                 f"--output-dir {folder}: cannot be written ({error.strerror}); use another folder"
@@ -48,7 +49,7 @@ class RunLog:
         self._first: Metrics = {}
         self._last: Metrics = {}
 
-    def _axis(self, step: int) -> int:
+    def _tensorboard_step(self, step: int) -> int:
         return round(step / self.steps_per_epoch * 1000)
 
     def info(self, message: str) -> None:
@@ -78,20 +79,20 @@ class RunLog:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, self._axis(step))
-        text = summary(metrics)
+            self._board.add_scalar(name, value, self._tensorboard_step(step))
+        text = format_metrics(metrics)
         self._write(f"step {step} epoch {epoch:.2f}: {text}")
         self._bar.set_description_str(f"epoch {math.ceil(epoch)}/{self.total_steps // self.steps_per_epoch}", False)
         self._status.set_description_str(text)
         if self._bar.disable:
             elapsed = time.monotonic() - self._started
             left = elapsed / max(1, step - self._start_step) * (self.total_steps - step)
-            print(f"step {step}/{self.total_steps}, {_clock(left)} left: {text}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.total_steps}, {_format_duration(left)} left: {text}", file=sys.stderr, flush=True)
 
     def add_image(self, step: int, name: str, image: Tensor) -> None:
         """Add an image (3, H, W) uint8 to TensorBoard."""
         if self.active:
-            self._board.add_image(name, image, self._axis(step))
+            self._board.add_image(name, image, self._tensorboard_step(step))
 
     def finish(self) -> None:
         """Close the progress bar, and print how the metrics changed and where the results are."""
@@ -106,7 +107,7 @@ class RunLog:
         for name in shown:
             first = f"{self._first[name]:.3f} -> " if name in self._first else ""
             self.info(f"{name:<21}  {first}{self._last[name]:.3f}")
-        elapsed = f"{self.total_steps - self._start_step} steps in {_clock(time.monotonic() - self._started)}"
+        elapsed = f"{self.total_steps - self._start_step} steps in {_format_duration(time.monotonic() - self._started)}"
         self.info(f"{'finished':<21}  {elapsed}" if shown else "nothing left to train: the checkpoint has all epochs")
         self.info(f"{'checkpoint':<21}  {self.folder / 'current.pth'}")
         if (self.folder / "slots.png").exists():
@@ -131,7 +132,7 @@ class RunLog:
             self._text.close()
 
 
-def summary(metrics: Metrics) -> str:
+def format_metrics(metrics: Metrics) -> str:
     """Format the most important metrics in one line."""
     terms = " ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("loss/"))
     return (
@@ -141,23 +142,13 @@ def summary(metrics: Metrics) -> str:
     )
 
 
-def memory_gib(device: torch.device) -> float:
-    """Return the peak memory in GiB: of a GPU as allocated by torch, of the CPU as resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # does not exist on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _truncate_metrics(path: Path, step: int) -> None:
     """Delete the records of an interrupted run after step `step`, and an incomplete last line."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]

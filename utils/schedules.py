@@ -11,7 +11,7 @@ def warmup_cosine(
     warmup_multiplier: float = 100,
     final: float = 1e-6,
 ) -> float:
-    """Learning rate of SlotCon and GTSA: linear warm-up, then a half cosine.
+    """Return the learning rate of a linear warm-up followed by a half cosine, as in SlotCon.
 
     The warm-up goes from `peak / warmup_multiplier` to `peak` (from 0 if the multiplier is infinite), the half cosine
     from `peak` to `final`, both by iteration.
@@ -32,7 +32,7 @@ def epoch_cosine(
     steps_per_epoch: int,
     warmup_multiplier: float = 10_000,
 ) -> float:
-    """Learning rate of Triplet: a half cosine to 0 by whole epochs, times a linear warm-up by iteration.
+    """Return the learning rate of a half cosine to 0 by whole epochs, times a linear warm-up by iteration.
 
     The factor of the warm-up goes from `1 / warmup_multiplier` to 1.
     """
@@ -42,5 +42,5 @@ def epoch_cosine(
 
 
 def half_cosine(step: int, total_steps: int, start: float, end: float) -> float:
-    """A half cosine from `start` at step 0 to `end` after the last step; for teacher momentum and weight decay."""
+    """Return a half cosine from `start` at step 0 to `end` after the last step (teacher momentum, weight decay)."""
     return end - (end - start) * (math.cos(math.pi * step / total_steps) + 1) / 2

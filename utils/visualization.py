@@ -13,6 +13,8 @@ from utils.batch import MEAN, STD
 from utils.files import atomic_write
 
 _MEAN, _STD = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+_OPACITY = 0.7
+"""Opacity of the colors of a slot map over the gray image."""
 
 
 def palette(count: int) -> Tensor:
@@ -50,13 +52,12 @@ def view_grid(views: list[Tensor]) -> Tensor:
     return _to_uint8(make_grid(rows, nrow=len(views[0]), padding=4, pad_value=1))
 
 
-def slot_grid(images: Tensor, scores: Tensor, opacity: float = 0.7) -> Tensor:
+def slot_grid(images: Tensor, scores: Tensor) -> Tensor:
     """Draw images above their slot maps, a column each.
 
     Args:
         images: (N, 3, S, S) in 0..1.
         scores: (N, K, h, w); each pixel gets the color of the prototype with the highest score.
-        opacity: of the colors over the gray image.
 
     Returns:
         (3, H, W) uint8.
@@ -65,7 +66,7 @@ def slot_grid(images: Tensor, scores: Tensor, opacity: float = 0.7) -> Tensor:
     assignment = torch.stack([_upsample(score, side // 2).argmax(dim=0) for score in scores])
     colors = F.interpolate(palette(scores.shape[1])[assignment].permute(0, 3, 1, 2), side)
     gray = images.mean(dim=1, keepdim=True)
-    maps = opacity * colors + (1 - opacity) * gray
+    maps = _OPACITY * colors + (1 - _OPACITY) * gray
     return _to_uint8(make_grid(torch.cat([images, maps]), nrow=len(images), padding=4, pad_value=1))
 
 

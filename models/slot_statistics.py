@@ -11,7 +11,7 @@ from models.precision import upcast
 from utils import distributed
 
 POSITIONS = "slots/positions"
-"""The output (K,) of `slot_statistics` that `SlotMonitor` takes: how many positions each prototype won."""
+"""The output (K,) of `slot_statistics` that `SlotMonitor` takes: the number of positions assigned to each prototype."""
 
 _LARGEST = 0.95
 """Share of all positions in one slot above which the run is reported as collapsed."""
@@ -86,8 +86,9 @@ class SlotMonitor:
         """Compute over all ranks, on the device.
 
         Returns:
-            `slots/prototypes_used`, the share of the prototypes that won a position in the last epoch on any GPU, and
-            `slots/largest`, the share of the positions since the last call that the largest slot won.
+            `slots/prototypes_used`, the share of the prototypes that had the highest score at some position in the last
+            epoch on any GPU, and `slots/largest`, the share of the positions since the last call that are assigned to
+            the largest slot.
         """
         if self._last_used is None or self._positions is None:
             return {}
@@ -100,7 +101,7 @@ class SlotMonitor:
         }
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:
-        """Return what is wrong by the averages of a report, each warning once an epoch, none in the first epoch."""
+        """Return warnings about the metrics of a report, each at most once an epoch and none in the first epoch."""
         if self.steps < self.window or self._positions is None:
             return []
         prototypes = len(self._positions)
@@ -113,8 +114,8 @@ class SlotMonitor:
             "--teacher-temp",
             "unused": f"only {round(used * prototypes)} of {prototypes} prototypes were used in the last epoch; try "
             "fewer --num-prototypes or a higher --teacher-temp",
-            "no positives": "no slot occurs in both views of an image, so the slot contrast learns nothing; try a "
-            "larger --min-scale, which makes views overlap more",
+            "no positives": "no slot occurs in both views of an image; try a larger --min-scale, which makes the "
+            "views overlap more",
         }
         active = {
             "one slot": largest > _LARGEST,

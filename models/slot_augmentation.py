@@ -11,7 +11,10 @@ from utils.distributed import all_reduce_sum
 
 
 class AugmentationNoise(NamedTuple):
-    """The random numbers of one view and step: scales and shifts (K, D), and a priority in 0..1 of each slot (K,)."""
+    """The random numbers of one view and step: scales and shifts (K, D), and a random number in 0..1 of each slot (K,).
+
+    With a ratio below 1, the slots with the lowest `slot_priority` are augmented.
+    """
 
     alpha: Tensor
     beta: Tensor
@@ -33,7 +36,7 @@ class SlotAugmentation(nn.Module):
 
     def forward(self, features: Tensor, assignment: Tensor, noise: AugmentationNoise) -> Tensor:
         """Augment features (B, D, H, W), given the slot of each position (B, H, W) int64."""
-        alpha, beta = self.select(assignment, noise)
+        alpha, beta = self.scale_and_shift(assignment, noise)
         scale, shift = torch.cat([alpha, beta], dim=1)[assignment].movedim(-1, 1).chunk(2, dim=1)
         return torch.addcmul(shift, scale, upcast(features))
 
@@ -46,8 +49,8 @@ class SlotAugmentation(nn.Module):
         return AugmentationNoise(alpha, beta, torch.rand(self.shape[0], generator=generator, device=device))
 
     @torch.no_grad()
-    def select(self, assignment: Tensor, noise: AugmentationNoise) -> tuple[Tensor, Tensor]:
-        """Return alpha and beta of every slot, (K, D) each: 1 and 0 for slots that are not augmented."""
+    def scale_and_shift(self, assignment: Tensor, noise: AugmentationNoise) -> tuple[Tensor, Tensor]:
+        """Return alpha and beta of every slot, (K, D) each; 1 and 0 for slots that are not augmented."""
         if self.ratio == 1:
             return noise.alpha, noise.beta
         selected = self._select_slots(assignment, noise.slot_priority)[:, None]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import main_pretrain
 from models import build_method
-from models.slot_health import POSITIONS, SlotMonitor, slot_statistics
-from tests.reference import slot_health as reference
+from models.slot_statistics import POSITIONS, SlotMonitor, slot_statistics
+from tests.reference import slot_statistics as reference
 
 HEALTHY = {"assignment_entropy": 0.5, "largest": 0.3, "prototypes_used": 1.0, "positives": 20.0}
 

@@ -12,7 +12,8 @@ class ColorRecipe:
     """Strengths and probabilities of the color augmentation of a view."""
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast and saturation: factors from 1 - strength to 1 + strength; hue: shift in turns."""
+    """Brightness, contrast and saturation: factors from 1 - strength to 1 + strength; hue: largest shift, as a fraction
+    of the color circle."""
     jitter_p: float = 0.8
     gray_p: float = 0.2
     blur_p: float = 0.0
@@ -22,17 +23,17 @@ class ColorRecipe:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class OverlapCondition:
     """Which earlier views a crop has to intersect, and by how much."""
 
     views: tuple[int, ...]
     """Numbers of the earlier views, each of which has to be intersected."""
-    share: float
-    """Smallest area of the intersection, as a share of `of`."""
-    of: Literal["crop", "image"]
-    """`crop`: at least `share` of the sampled target area of this crop; `image`: more than `share` of the image."""
+    min_share: float
+    """Smallest area of the intersection, as a share of `relative_to`."""
+    relative_to: Literal["crop", "image"]
+    """`crop`: at least `min_share` of the sampled target area of this crop; `image`: more than that of the image."""
     tries: int = 10
-    """Draws under this condition; after them the crop is drawn without it."""
+    """Crops drawn under this condition before one is drawn without it."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ class ViewRecipe:
     """Whether the view is rotated by 0, 90, 180 or 270 degrees, each with the same probability."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Antialiased resampling filter."""
-    overlap: Overlap | None = None
+    overlap: OverlapCondition | None = None
 
 
 def two_view_recipes(image_size: int, min_scale: float) -> tuple[ViewRecipe, ViewRecipe]:
     """Return the two asymmetric views of BYOL (arXiv 2006.07733), with the overlap of SlotCon (arXiv 2205.15288).
 
-    The first view is always blurred; the second is seldom blurred, sometimes solarized, and has to intersect the
-    first in 1 % of its target area.
+    The first view is always blurred; the second is seldom blurred, sometimes solarized, and has to overlap the first
+    by at least 1 % of its own target area.
     """
     first = ViewRecipe(image_size, (min_scale, 1.0), ColorRecipe(blur_p=1.0))
-    second = replace(first, color=ColorRecipe(blur_p=0.1, solarize_p=0.2), overlap=Overlap((0,), 0.01, "crop"))
+    second = replace(first, color=ColorRecipe(blur_p=0.1, solarize_p=0.2), overlap=OverlapCondition((0,), 0.01, "crop"))
     return first, second
