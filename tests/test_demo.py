@@ -117,7 +117,7 @@ def test_an_interrupted_demo_leaves_nothing(
     def interrupt(*scene: int) -> tuple[np.ndarray, np.ndarray]:
         if next(calls, None) is None:
             raise error
-        return render_scene(*scene)  # type: ignore[arg-type]
+        return render_scene(*scene)
 
     monkeypatch.setattr(demo, "render_scene", interrupt)
     with pytest.raises((KeyboardInterrupt, UsageError)):
@@ -133,7 +133,7 @@ def test_a_demo_that_comes_second_keeps_the_first(tmp_path: Path, monkeypatch: p
     def render_late(*scene: int) -> tuple[np.ndarray, np.ndarray]:
         monkeypatch.undo()
         before.update(modification_times(make_demo(tmp_path, 0, 2, 1)))
-        return render_scene(*scene)  # type: ignore[arg-type]
+        return render_scene(*scene)
 
     monkeypatch.setattr(demo, "render_scene", render_late)
     folder = make_demo(tmp_path, 0, 2, 1)
