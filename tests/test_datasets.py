@@ -18,7 +18,7 @@ def parse(dataset: str, folder: Path) -> argparse.Namespace:
     return main_pretrain.parse_args(["--dataset", dataset, "--data-dir", str(folder), "--image-size", "32"])
 
 
-@pytest.mark.parametrize("dataset", FOLDERS.keys() - {"demo"})
+@pytest.mark.parametrize("dataset", sorted(FOLDERS.keys() - {"demo"}))
 def test_a_dataset_has_the_images_of_its_folders(dataset: str, tmp_path: Path) -> None:
     expected = []
     for folder in FOLDERS[dataset]:
