@@ -137,7 +137,9 @@ def test_slotfa_matches_the_composition_of_the_references(
     projector = {name: to_array(value) for name, value in method.projector_q.mlp.named_parameters()}
     for view, z, s, noise in zip(batch.views, inputs.student, scores, method.draw_noise(batch)):
         assignment = reference.assignment(s)
-        alpha, beta = (to_array(value) for value in method.augmentation.scale_and_shift(torch.from_numpy(assignment), noise))
+        alpha, beta = (
+            to_array(value) for value in method.augmentation.scale_and_shift(torch.from_numpy(assignment), noise)
+        )
         source = z if level == "projection" else to_array(method.encoder_q(view))
         features = reference.augmented_map(source, assignment, alpha, beta)
         augmented.append(features if level == "projection" else mlp_on_maps(features, projector))
