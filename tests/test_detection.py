@@ -28,6 +28,7 @@ from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
 from transfer.detection import d2_config, d2_weights, train_net
 from transfer.detection.d2_weights import BACKBONE, WeightsFile
+from transfer.finetuning import data_root
 from transfer.results import write_json
 from utils.errors import UsageError
 
@@ -187,6 +188,13 @@ def test_missing_data_is_reported_with_the_link_to_create(tmp_path: Path, monkey
     path.parent.mkdir(parents=True)
     path.touch()
     d2_config.check_dataset("coco_2017_train", metadata, num_machines=1)
+
+
+def test_home_folder_in_the_data_folders_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable, task in (("DETECTRON2_DATASETS", "detection"), ("SEGMENTATION_DATA", "segmentation")):
+        monkeypatch.setenv(variable, "~/data")
+        assert data_root(task) == tmp_path / "data"
 
 
 def test_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:

@@ -587,6 +587,7 @@ def test_command_measures_a_checkpoint_and_its_baseline(
     assert content["args"]["size"] == 64
     table = (out / "results.md").read_text()
     assert table in capsys.readouterr().out
+    assert table.startswith("Dataset: folder\n\n| encoder")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert list(content["results"]) == ["checkpoint", "untrained"]
     for encoder, results in content["results"].items():

@@ -28,24 +28,25 @@ def batch() -> torch.Tensor:
     ("which", "suffix", "released"), [(None, "k", False), ("student", "q", False), ("teacher", "k", True)]
 )
 @torch.no_grad()
-def test_encoder_and_slots_equal_those_of_the_saved_method(
+def test_encoder_and_slot_model_equal_those_of_the_saved_method(
     which: str | None, suffix: str, released: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
     method = make_method()
     if released:  # the authors' files hold a Namespace and DDP's prefix
-        model = {f"module.{name}": value for name, value in method.state_dict().items()}
+        state = {f"module.{name}": value for name, value in method.state_dict().items()}
         checkpoint = tmp_path / "slotcon.pth"
-        torch.save({"args": argparse.Namespace(arch="resnet50"), "model": model, "epoch": 800}, checkpoint)
-    encoder, slots = load_encoder(checkpoint, which), load_slot_model(checkpoint, which)
-    for network in (encoder, slots):
+        torch.save({"args": argparse.Namespace(arch="resnet50"), "model": state, "epoch": 800}, checkpoint)
+    encoder, model = load_encoder(checkpoint, which), load_slot_model(checkpoint, which)
+    assert model.which == (which or "teacher")
+    for network in (encoder, model):
         assert not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
     expected = getattr(method, f"encoder_{suffix}")(batch())
     projected = getattr(method, f"projector_{suffix}")(expected)
     prototypes = getattr(method, f"grouping_{suffix}").slot_embed.weight
     torch.testing.assert_close(encoder(batch()), expected)
-    assert torch.equal(slots.prototypes, prototypes)
-    projections, scores = slots(batch())
+    assert torch.equal(model.prototypes, prototypes)
+    projections, scores = model(batch())
     torch.testing.assert_close(projections, projected)
     cosine = F.cosine_similarity(projected[:, None], prototypes[None, :, :, None, None], dim=2)
     torch.testing.assert_close(scores, cosine)
@@ -63,7 +64,7 @@ def test_torchvision_checkpoint_gives_its_network_and_has_no_slots(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["missing layer", "other width", "not finite"])
-def test_damaged_slots_are_refused(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_slot_model_is_refused(damage: str, checkpoint: Path, tmp_path: Path) -> None:
     model = torch.load(checkpoint, weights_only=True)["model"]
     if damage == "missing layer":
         del model["projector_k.mlp.6.weight"]
@@ -90,11 +91,11 @@ def test_untrained_encoder_depends_on_its_seed_and_leaves_the_generator_alone() 
     assert first.provenance["source_sha256"] != other.provenance["source_sha256"]
 
 
-def test_untrained_slots_have_the_shapes_of_the_trained_ones(checkpoint: Path) -> None:
-    slots = load_slot_model(checkpoint)
+def test_untrained_slot_model_has_the_shapes_of_the_trained_one(checkpoint: Path) -> None:
+    model = load_slot_model(checkpoint)
     network = build_frozen_encoder(untrained_encoder("resnet18", 0))
-    first, again, other = (untrained_slot_model(slots, network, seed) for seed in (0, 0, 1))
-    shapes = {name: value.shape for name, value in slots.state_dict().items()}
+    first, again, other = (untrained_slot_model(model, network, seed) for seed in (0, 0, 1))
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in first.state_dict().items()} == shapes
     assert torch.equal(first.prototypes, again.prototypes)
     assert not torch.equal(first.prototypes, other.prototypes)
