@@ -24,7 +24,7 @@ from tests.method_data import (
     to_array,
 )
 from tests.reference import losses as reference
-from tests.reference.compare import gradient
+from tests.reference.derivative import gradient
 from tests.reference.grouping import occupied as reference_occupied
 from tests.reference.heads import mlp
 from tests.reference.methods import slotcon
