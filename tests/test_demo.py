@@ -42,6 +42,8 @@ def test_a_larger_image_shows_the_same_scene() -> None:
     large, large_mask = render_scene(0, "train", 0, 640, 480)
     assert np.abs(large.reshape(120, 4, 160, 4, 3).mean(axis=(1, 3)) - small).mean() < 12
     assert (large_mask[2::4, 2::4] == small_mask).mean() > 0.97
+    areas = [(mask >= len(GROUNDS)).sum() for mask in (small_mask, large_mask)]
+    assert areas[1] / 16 == pytest.approx(areas[0], rel=0.01)  # labels neither grow nor shrink at their edges
 
 
 def test_no_class_is_rare(scenes: Scenes) -> None:
