@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ class MultiCrop(Method):
             targets = [self.encoder_k(view).mean(dim=(2, 3)) for view in batch.views[:2]]
         outputs = [self.encoder_q(view).mean(dim=(2, 3)) for view in batch.views]
         loss = torch.stack([(output - target).square().mean() for output in outputs for target in targets]).mean()
-        return {"loss": loss, "loss/views": loss.detach()}
+        return {"loss": loss, "views/distance": loss.detach()}
 
     def update_teacher(self, momentum: float) -> None:
         ema_update(self.encoder_q, self.encoder_k, momentum)
@@ -126,7 +127,8 @@ def test_a_method_trains_with_its_views_recipe_and_metrics(
     assert [record["optim/lr"] for record in metrics][:2] == pytest.approx([0, 5e-4 * 8 / 256 / 2])
     decay = [0.4 - 0.36 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert [record["optim/weight_decay"] for record in metrics] == pytest.approx(decay)
-    assert all(record["loss/views"] == record["loss"] for record in metrics)
+    assert all(record["views/distance"] == record["loss"] for record in metrics)
+    assert re.search(r"loss \d\.\d+ lr", (tmp_path / "run/log.txt").read_text())  # without empty parentheses
     assert not (tmp_path / "run/slots.png").exists()
 
 

@@ -135,8 +135,9 @@ class RunLog:
 def format_metrics(metrics: Metrics) -> str:
     """Format the most important metrics in one line."""
     terms = " ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("loss/"))
+    terms = f" ({terms})" if terms else ""
     return (
-        f"loss {metrics['loss']:.3f} ({terms}) lr {metrics['optim/lr']:.3g}, "
+        f"loss {metrics['loss']:.3f}{terms} lr {metrics['optim/lr']:.3g}, "
         f"{metrics['speed/images_per_second']:.0f} img/s, wait {100 * metrics['speed/data_wait']:.0f}%, "
         f"{metrics['speed/memory_gib']:.1f} GiB"
     )
