@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Format, lint, types and all tests, in the quickstart's environment plus the development tools.
-#   ./scripts/test.sh [--full] [flags of pytest]      --full adds the tests that train for minutes
+#   ./scripts/test.sh [--full] [flags of pytest]      --full adds the tests that take minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -15,4 +15,4 @@ fi
 ruff format --check .
 ruff check .
 mypy
-OMP_NUM_THREADS=1 pytest --numprocesses 2 ${MARKS[@]+"${MARKS[@]}"} "$@"
+OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist worksteal ${MARKS[@]+"${MARKS[@]}"} "$@"

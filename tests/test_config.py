@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,15 +160,19 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_starts_its_published_recipe(launcher: str) -> None:
-    """A function takes the place of torchrun and prints its arguments."""
-    stub = {"BASH_FUNC_torchrun%%": "() { printf '%s\\n' \"$@\"; }", "DATA": "/images", "OUT": "run", "GPUS": "3"}
-    command = ["bash", str(SCRIPTS / f"{launcher}.sh"), "--seed", "7"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | stub).stdout
+def test_a_launcher_starts_its_published_recipe(launcher: str, tmp_path: Path) -> None:
+    """In a copy of the project whose torchrun prints its arguments."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    torchrun = tmp_path / ".venv/bin/torchrun"
+    torchrun.parent.mkdir(parents=True)
+    torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+    command = ["bash", str(tmp_path / f"scripts/{launcher}.sh"), "--seed", "7"]
+    variables = os.environ | {"DATA": "/images", "OUT": "run", "GPUS": "3"}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
     words = output.splitlines()
     assert words[words.index("--nproc_per_node") + 1] == "3"
-    script = words.index(main_pretrain.__file__)
-    args = main_pretrain.parse_args(words[script + 1 :])
+    args = main_pretrain.parse_args(words[words.index(str(tmp_path / "main_pretrain.py")) + 1 :])
     expected = vars(main_pretrain.parse_args(["--method", args.method])) | LAUNCHERS[launcher]
     expected |= {"data_dir": "/images", "output_dir": "run", "seed": 7, "auto_resume": True, "device": "cuda"}
     expected |= {"amp": "bf16", "save_freq": args.save_freq}
