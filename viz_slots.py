@@ -83,6 +83,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the output."""
     group.add_argument(
         "--figure",
+        type=lambda name: name.replace("neighbours", "neighbors"),  # the spelling of earlier versions
         choices=FIGURES,
         help="figure to draw (default: neighbors; none if only --html or --export is given)",
     )

@@ -36,13 +36,12 @@ class SlotPredictor(nn.Module):
             (N, dim_out), meaningful where the second result, (N,) bool, is true. In training mode a single valid row
             has no batch statistics: then no row is valid.
         """
-        valid = mask
         for layer in self.mlp:
             if isinstance(layer, RowBatchNorm):
-                rows, valid = layer(rows, mask)
+                rows, mask = layer(rows, mask)
             else:
                 rows = layer(rows)
-        return rows, valid
+        return rows, mask
 
 
 def _mlp(

@@ -661,6 +661,12 @@ def test_two_torchrun_processes_share_the_extraction(folder: Path, tmp_path: Pat
         np.testing.assert_allclose(shared, alone, rtol=2**-9, atol=1e-4 * float(alone.max()))
 
 
+def test_earlier_spelling_of_neighbors_is_accepted(folder: Path, tmp_path: Path) -> None:
+    flags = ("--arch", "resnet18", "--neighbours", "3")
+    results = run_probe("knn", "random", folder, tmp_path, *flags)
+    assert results["args"]["neighbors"] == 3
+
+
 # Usage errors
 
 

@@ -430,3 +430,7 @@ def test_invalid_call_is_refused_in_one_line(
     assert re.search(message, line), line
     assert set(tmp_path.rglob("*")) == files
     assert Path("kept.html").read_text() == "kept"
+
+
+def test_earlier_spelling_of_neighbors_is_accepted() -> None:
+    assert viz_slots.parse_args(["--model-path", "x.pth", "--figure", "neighbours"]).figure == "neighbors"

@@ -207,7 +207,7 @@ def make_plan(args: argparse.Namespace, num_images: int, world_size: int) -> Tra
     normalized_images = batch_size if args.device == "cuda" else batch_size // world_size
     if normalized_images == 1 and args.image_size <= args.output_stride:
         raise UsageError(
-            f"--batch-size {batch_size} with --image-size {args.image_size}: too few values for batch norm; use larger ones"
+            f"--batch-size {batch_size} with --image-size {args.image_size}: batch norm needs more; increase one"
         )
     if args.start_epoch > args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: beyond --epochs {args.epochs}; use a lower one")

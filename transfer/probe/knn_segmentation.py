@@ -71,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--memory", type=at_least(1), default=100_000, help="number of training positions in the memory bank"
     )
     group.add_argument(
-        "--neighbors", type=at_least(1), default=30, help="number of nearest training positions that vote"
+        "--neighbors",
+        "--neighbours",  # the spelling of earlier versions
+        type=at_least(1),
+        default=30,
+        help="number of nearest training positions that vote",
     )
     group.add_argument(
         "--temperature",
