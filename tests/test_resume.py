@@ -34,7 +34,7 @@ def finished_run(original_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "flags",
-    [METHOD_FLAGS["slotcon"], METHOD_FLAGS["slotfa_encoder"], ["--optimizer", "adamw"], ["--amp", "fp16"]],
+    [METHOD_FLAGS["slotcon"], METHOD_FLAGS["slotfa_encoder"], ["--optimizer", "adamw", "--amp", "fp16"]],
     ids=" ".join,
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(flags: list[str], tiny: Tiny, tmp_path: Path) -> None:
