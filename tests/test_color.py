@@ -113,7 +113,7 @@ def test_neutral_parameters_only_normalize() -> None:
         (make_color(solarize=1), 1e-4, 1e-3),
     ],
 )
-def test_each_operation_equals_pillows(color: Tensor, mean: float, largest: float) -> None:
+def test_each_operation_matches_pillow(color: Tensor, mean: float, largest: float) -> None:
     for size in (SIZE, 50):
         image = make_image(size, size, size)
         difference = np.abs(augment(image, color) - augment_with_pillow(image, color))

@@ -205,6 +205,6 @@ def test_numbers_outside_of_their_range_are_refused(
         (["--start-epoch", "4", "--epochs", "3", "--batch-size", "2"], 16, "--start-epoch 4: beyond --epochs 3"),
     ],
 )
-def test_a_plan_that_does_not_work_out_is_refused(flags: list[str], images: int, message: str) -> None:
+def test_impossible_plan_is_refused(flags: list[str], images: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_plan(main_pretrain.parse_args(flags), images, world_size=2)

@@ -129,7 +129,7 @@ def test_an_interrupted_demo_leaves_nothing(
     assert len(list(make_demo(tmp_path, 0, 4, 1).rglob("*.jpg"))) == 5
 
 
-def test_a_demo_that_comes_second_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_writer_keeps_the_existing_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before: dict[Path, int] = {}
 
     def render_late(*scene: int) -> tuple[np.ndarray, np.ndarray]:

@@ -210,7 +210,7 @@ def test_a_rank_without_queries_has_no_contrast_and_takes_part(ranks: list[Resul
     assert torch.equal(first["gradients"], second["gradients"])
 
 
-def test_a_loss_that_is_off_leaves_no_parameter_without_gradient(ranks: list[Result]) -> None:
+def test_disabled_contrast_leaves_no_trained_parameter_without_gradient(ranks: list[Result]) -> None:
     for rank in ranks:
         assert rank["step_without_contrast"]["without_gradient"] == []
 

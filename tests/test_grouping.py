@@ -49,7 +49,7 @@ def test_occupied_slots_match_reference_and_are_at_most_the_positions(shape: Sha
 
 @given(shape=shapes, seed=seeds, scale=st.floats(0.01, 100))
 @settings(max_examples=20)
-def test_scores_ignore_the_length_of_features_and_slots_keep_it(shape: Shape, seed: int, scale: float) -> None:
+def test_scores_are_scale_invariant_and_slots_scale_with_features(shape: Shape, seed: int, scale: float) -> None:
     features, prototypes = draw(shape, seed)
     scores = prototype_scores(features, prototypes)
     torch.testing.assert_close(prototype_scores(features * scale, prototypes / scale), scores, rtol=0, atol=1e-12)

@@ -48,7 +48,7 @@ def copy_state(optimizer: Optimizer) -> list[Tensor]:
     weight_decay=st.sampled_from([0.0, 1e-5, 0.1]),
     trust=st.sampled_from([0.001, 0.02]),
 )
-def test_lars_equals_the_reference(seed: int, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+def test_lars_matches_the_reference(seed: int, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
     params = make_parameters(seed, torch.float64)
     optimizer = LARS(params, lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust)
     values = [param.detach().numpy().copy() for param in params]
@@ -99,7 +99,7 @@ def test_scheduled_weight_decay_reaches_matrices_only(name: str) -> None:
 
 @pytest.mark.parametrize("per_parameter", [False, True])
 @pytest.mark.parametrize("max_norm", [0.3, 2.0, 1e3])
-def test_clipping_equals_the_reference(per_parameter: bool, max_norm: float) -> None:
+def test_clipping_matches_the_reference(per_parameter: bool, max_norm: float) -> None:
     params = make_parameters(0, torch.float64)
     set_gradients(params, 0)
     params[1].grad *= 0.01  # a gradient that is clipped with all others, but not on its own

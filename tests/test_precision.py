@@ -42,7 +42,7 @@ def test_losses_are_float32_under_autocast() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16", "--clip-grad", "1"], ["--optimizer", "adamw"]])
-def test_a_step_on_a_gpu_never_waits_for_it(flags: list[str], tiny: Callable[..., list[str]]) -> None:
+def test_gpu_step_does_not_synchronize(flags: list[str], tiny: Callable[..., list[str]]) -> None:
     args = main_pretrain.parse_args(tiny("--device", "cuda", "--no-compile", *flags))
     device, dataset = choose_device(args), build_dataset(args)
     run = main_pretrain.build_run(args, device, len(dataset))

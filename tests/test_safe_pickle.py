@@ -224,7 +224,7 @@ def test_arrays_of_anything_but_numbers_are_refused(misuse: str) -> None:
 
 
 @pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\x7f", b"\x96" + (2**36).to_bytes(8, "little")])
-def test_no_memory_is_reserved_for_what_a_file_does_not_have(opcode: bytes) -> None:
+def test_declared_size_beyond_the_file_is_refused(opcode: bytes) -> None:
     """An entry of the memo, and a bytearray, of more gigabytes than the machine may have."""
     as_pickle(Path("in.pkl"), pickle_of(value(1) + opcode))
     with pytest.raises(UsageError, match=r"IN in\.pkl"):

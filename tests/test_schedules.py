@@ -23,14 +23,14 @@ def steps(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @given(steps(), st.floats(1e-4, 10), st.sampled_from([1, 100, 1e4, math.inf]))
-def test_warmup_cosine_equals_the_reference(run: tuple[int, int, int], peak: float, multiplier: float) -> None:
+def test_warmup_cosine_matches_the_reference(run: tuple[int, int, int], peak: float, multiplier: float) -> None:
     step, total, warmup = run
     expected = reference.warmup_cosine(step, total, peak, warmup, start=peak / multiplier)
     assert warmup_cosine(step, total, peak, warmup, multiplier) == pytest.approx(expected, **CLOSE)
 
 
 @given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 20), st.floats(0, 0.999), st.sampled_from([100, 1e4]))
-def test_epoch_cosine_equals_the_reference(
+def test_epoch_cosine_matches_the_reference(
     steps_per_epoch: int, epochs: int, warmup_epochs: int, progress: float, multiplier: float
 ) -> None:
     total, warmup = steps_per_epoch * epochs, steps_per_epoch * warmup_epochs
@@ -40,7 +40,7 @@ def test_epoch_cosine_equals_the_reference(
 
 
 @given(steps(), st.floats(0, 1), st.floats(0, 1))
-def test_half_cosine_equals_the_reference(run: tuple[int, int, int], start: float, end: float) -> None:
+def test_half_cosine_matches_the_reference(run: tuple[int, int, int], start: float, end: float) -> None:
     step, total, _ = run
     expected = reference.cosine(step, total, start, end)
     assert half_cosine(step, total, start, end) == pytest.approx(expected, **CLOSE)

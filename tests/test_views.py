@@ -115,7 +115,7 @@ def test_overlap_is_a_share_of_the_target_area_or_of_the_image(of: str, monkeypa
     assert -1 in fulfilled_at
 
 
-def test_tries_are_bounded_and_end_in_the_documented_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crop_tries_are_bounded_and_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     try_crop = views.try_crop
     monkeypatch.setattr(views, "try_crop", lambda *args: calls.append(1) or try_crop(*args))
