@@ -7,6 +7,8 @@ from pathlib import Path
 
 # The networks of the tests are so small that threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# These caches of compiled graphs ignore ATEN_CPU_CAPABILITY: code for other vector widths would compute nonsense.
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 
 import hypothesis
 import pytest
