@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
-        distributed.exit_with_error("interrupted; add --auto-resume to continue from the last checkpoint", status=130)
+        distributed.exit_with_error(
+            "interrupted; add --auto-resume to continue from the last checkpoint, if one was saved", status=130
+        )
     # Not after an error: destroying the NCCL group would wait for ranks that are still in a collective.
     distributed.shutdown()
 

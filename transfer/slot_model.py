@@ -72,7 +72,7 @@ def load_slot_model(path: Path | str, which: str | None = None, output_stride: i
     }
     prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
     if prototypes is None or not projector_weights:
-        advice = "slots are in complete checkpoints of slotcon and slotfa; others can be clustered with --clusters"
+        advice = "use a complete checkpoint of slotcon or slotfa, or --clusters of unsupervised_segmentation.py"
         raise UsageError(f"{path}: no prototypes in it; {advice}")
     for name, value in {**projector_weights, "prototypes": prototypes}.items():
         if not value.isfinite().all():

@@ -103,6 +103,8 @@ def init_or_resume(run: Run) -> tuple[int, list[str]]:
         fresh = [name for name, part in run.method.named_children() if part.state_dict() and name not in loaded]
         suffix = f"; randomly initialized: {', '.join(fresh)}" if fresh else ""
         return start, [f"initialized from {args.init}: {', '.join(loaded)}{suffix}"]
+    if (Path(args.output_dir) / "metrics.jsonl").exists():
+        return start, [f"no checkpoint in {args.output_dir} yet: starting from scratch"]
     return start, []
 
 
