@@ -8,7 +8,10 @@ from PIL import Image
 from data.demo import render_scene
 
 SEGMENTATION = Path(__file__).parents[1] / "transfer" / "segmentation"
-CONFIGS = sorted(path for path in SEGMENTATION.glob("configs/*/*.py") if path.parent.name != "_base_")
+CONFIGS = sorted(
+    path for folder in ("ade20k", "cityscapes", "voc12aug") for path in SEGMENTATION.glob(f"configs/{folder}/*.py")
+)
+FOLDER_CONFIG = SEGMENTATION / "configs/folder/fcn_r50-d8_512x512_folder.py"
 VOC_CONFIG = SEGMENTATION / "configs/voc12aug/fcn_d6_r50-d16_513x513_30k_voc12aug_moco.py"
 SIZE = 64
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from transfer.finetuning import data_root
+from transfer.segmentation import folder_config
 from utils import distributed
 from utils.config import at_least, make_parser
 from utils.device import loader_workers
@@ -54,6 +55,7 @@ def make_mmseg_parser(description: str, positional: str, positional_help: str) -
                 parser.error("--cfg-options: expected KEY=VALUE, such as train_cfg.max_iters=100")
 
     parser = make_parser(description)
+    parser.set_defaults(data_dir=None, classes=None, crop_size=None)  # flags of train.py only
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
     parser.add_argument(positional.lower(), metavar=positional, type=Path, help=positional_help)
     parser.add_argument(
@@ -77,24 +79,35 @@ def load_config(args: argparse.Namespace) -> Any:
         UsageError: the config cannot be read, its data is not linked, its batch does not divide over the GPUs, or
             --work-dir cannot be written.
     """
-    from mmengine.config import Config
-
     if not args.config.is_file():
         raise UsageError(f"{args.config}: no such config; they are in transfer/segmentation/configs")
     if any(key.endswith("train_dataloader.batch_size") for key in args.cfg_options or {}):
         raise UsageError(
             "--cfg-options train_dataloader.batch_size: set auto_scale_lr.base_batch_size, the total of all GPUs"
         )
-    try:
-        cfg = Config.fromfile(str(args.config))
-        cfg.merge_from_dict(args.cfg_options or {})
-    except Exception as error:  # a config is Python code and can raise anything
-        raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
+    cfg = _read_config(args)
+    if folder_config.uses_folder(cfg):
+        folder_config.set_schedule(cfg)
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
     check_writable("--work-dir", Path(cfg.work_dir), overwrite=True, folder=True)
     cfg.launcher = "pytorch" if "RANK" in os.environ else "none"
     _set_data_roots(cfg, data_root("segmentation"))
     _set_loaders(cfg, _count_processes(args))
+    return cfg
+
+
+def _read_config(args: argparse.Namespace) -> Any:
+    """Read a config, and set the data of one's own images and then --cfg-options, which therefore win."""
+    from mmengine.config import Config
+
+    try:
+        cfg = Config.fromfile(str(args.config))
+        folder_config.set_folder(cfg, args)
+        cfg.merge_from_dict(args.cfg_options or {})
+    except UsageError:
+        raise
+    except Exception as error:  # a config is Python code and can raise anything
+        raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
     return cfg
 
 
@@ -132,15 +145,14 @@ def _set_data_roots(cfg: Any, root: Path) -> None:
         UsageError: a folder or list of files of a dataset does not exist.
     """
     for dataset in _find_datasets([cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader]):
-        folder = Path(dataset.data_root)
+        folder, advice = Path(dataset.data_root), "the config names it as the data's place"
         if folder.parts[0] == "data":
             folder = root.joinpath(*folder.parts[1:])
+            advice = f"link the data below {root} as described in transfer/README.md"
         dataset.data_root = str(folder)
-        for path in (folder / part for part in (*dataset.data_prefix.values(), dataset.get("ann_file", ""))):
-            if not path.exists():
-                raise UsageError(
-                    f"{path} does not exist; link the data below {root} as described in transfer/README.md"
-                )
+        for part in (*dataset.get("data_prefix", {}).values(), dataset.get("ann_file", "")):
+            if not (folder / part).exists():
+                raise UsageError(f"{folder / part} does not exist; {advice}")
 
 
 def _find_datasets(configs: Any) -> Iterator[Any]:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from transfer.encoders import read_provenance
+from transfer.encoders import infer_arch, read_provenance
 from utils import checkpoint
 from utils.checkpoint import Weights
 from utils.errors import UsageError
 
-_CONVERT_ADVICE = "convert a checkpoint with transfer/segmentation/convert_pretrain_to_mm.py IN.pth OUT.pth"
+_CONVERT = "transfer/segmentation/convert_pretrain_to_mm.py"
+_OTHER_FRAMEWORKS = {".pkl": "detectron2", ".safetensors": "safetensors"}
 
 
 def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
@@ -23,24 +24,39 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
         The weights and their provenance.
 
     Raises:
-        UsageError: the file is missing, damaged, not converted or of another architecture.
+        UsageError: the file is missing, damaged, not converted, incomplete or of another architecture.
     """
-    from mmseg.registry import MODELS
-
-    if path.suffix == ".pkl":
-        raise UsageError(f"PRETRAINED {path}: is for detectron2; {_CONVERT_ADVICE}")
+    convert = f"convert it with {_CONVERT} {path} OUT.pth"
+    if path.is_file() and path.suffix in _OTHER_FRAMEWORKS:
+        raise UsageError(f"PRETRAINED {path}: is a {_OTHER_FRAMEWORKS[path.suffix]} file; {convert}")
     state = checkpoint.load(path, "PRETRAINED")
     weights = checkpoint.extract_weights(state, f"PRETRAINED {path}")
-    if "conv1.weight" not in weights and checkpoint.find_encoder(weights)[0]:
-        raise UsageError(f"PRETRAINED {path}: is not converted; {_CONVERT_ADVICE}")
+    expected = _shapes({**cfg.model.backbone, "init_cfg": None})
+    mismatch = checkpoint.first_mismatch(weights, expected)
+    if not mismatch and "model" not in state:  # an entry that mmengine would not find
+        return weights, read_provenance(state)
+    encoder = checkpoint.find_encoder(weights)[1] or weights
+    if not checkpoint.first_mismatch(encoder, expected):
+        raise UsageError(f"PRETRAINED {path}: holds the backbone, but is not converted; {convert}")
+    raise UsageError(f"PRETRAINED {path}: {_describe_mismatch(encoder, cfg.model.backbone, expected)}")
+
+
+def _shapes(model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a config's model on the meta device, which has shapes only."""
+    from mmseg.registry import MODELS
+
     with torch.device("meta"):
-        backbone = MODELS.build({**cfg.model.backbone, "init_cfg": None})
-    if mismatch := checkpoint.first_mismatch(weights, backbone.state_dict()):
-        name = f"{cfg.model.backbone.type}{cfg.model.backbone.get('depth', '')}"
-        raise UsageError(
-            f"PRETRAINED {path}: does not fit the config's backbone {name} ({mismatch}); {_CONVERT_ADVICE}"
-        )
-    return weights, read_provenance(state)
+        return MODELS.build(dict(model)).state_dict()
+
+
+def _describe_mismatch(encoder: Weights, backbone: Any, expected: Mapping[str, torch.Tensor]) -> str:
+    """Return what is wrong with weights that are not those of the config's backbone, and what to do."""
+    name, mismatch = f"{backbone.type}{backbone.get('depth', '')}", checkpoint.first_mismatch(encoder, expected)
+    try:
+        arch = infer_arch(encoder, "")
+    except UsageError:
+        return f"is not a complete {name}, the config's backbone ({mismatch}); make it with {_CONVERT}"
+    return f"is a {arch}, and the config's backbone is {name} ({mismatch}); use weights of a {name}"
 
 
 def read_fine_tuned(path: Path, flag: str) -> dict[str, Any]:
@@ -60,3 +76,16 @@ def read_fine_tuned(path: Path, flag: str) -> dict[str, Any]:
     if "state_dict" not in state or not isinstance(meta, Mapping) or not isinstance(meta.get("iter"), int):
         raise UsageError(f"{flag} {path}: not a checkpoint of a fine-tuning, such as iter_30000.pth")
     return {"state_dict": checkpoint.extract_weights(state, f"{flag} {path}"), "meta": meta}
+
+
+def check_model(weights: Weights, cfg: Any, where: str) -> None:
+    """Check that the weights of a fine-tuning are those of the config's model.
+
+    Args:
+        where: the file, as messages name it.
+
+    Raises:
+        UsageError: a name or shape differs.
+    """
+    if mismatch := checkpoint.first_mismatch(weights, _shapes(cfg.model)):
+        raise UsageError(f"{where}: does not fit the config's model ({mismatch}); use the config that trained it")

@@ -5,14 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.results import write_json
 from transfer.segmentation import mm_config
-from transfer.segmentation.mm_weights import read_fine_tuned
-from utils import checkpoint, distributed
+from transfer.segmentation.mm_weights import check_model, read_fine_tuned
+from utils import distributed
 from utils.errors import UsageError
 
 
@@ -38,14 +36,11 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     from mmengine.model import is_model_wrapper
     from mmengine.runner import Runner
-    from mmseg.registry import MODELS
 
     cfg = mm_config.load_config(args)
+    cfg.model.backbone.pop("init_cfg", None)  # a training's config names its PRETRAINED, which is not used here
     state = read_fine_tuned(args.checkpoint, "CHECKPOINT")
-    with torch.device("meta"):
-        expected = MODELS.build(cfg.model).state_dict()
-    if mismatch := checkpoint.first_mismatch(state["state_dict"], expected):
-        raise UsageError(f"CHECKPOINT {args.checkpoint}: does not fit the model of {args.config} ({mismatch})")
+    check_model(state["state_dict"], cfg, f"CHECKPOINT {args.checkpoint}")
     mm_config.launch_distributed(args)
     runner = Runner.from_cfg(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.results import write_json
-from transfer.segmentation import mm_config
-from transfer.segmentation.mm_weights import read_fine_tuned, read_pretrained
+from transfer.segmentation import folder_config, mm_config
+from transfer.segmentation.mm_weights import check_model, read_fine_tuned, read_pretrained
 from utils import distributed
 from utils.checkpoint import Weights
 from utils.errors import UsageError
@@ -36,6 +36,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --work-dir, if any")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
+    folder_config.add_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -52,7 +53,10 @@ def train(args: argparse.Namespace) -> None:
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(args.pretrained)}
     cfg.randomness = {"seed": args.seed}
     cfg.resume = args.resume
-    _check_work_dir(Path(cfg.work_dir), args.resume)
+    _check_work_dir(cfg, args)
+    if folder_config.uses_folder(cfg) and "RANK" not in os.environ:  # once, before the ranks start
+        folder_config.check_files(cfg)
+        print(folder_config.describe(cfg), flush=True)
     mm_config.launch_distributed(args)
     if args.resume:
         # mmengine stores pickled loss histories in a checkpoint, which torch's default reader refuses.
@@ -63,18 +67,19 @@ def train(args: argparse.Namespace) -> None:
     runner.train()
 
 
-def _check_work_dir(folder: Path, resume: bool) -> None:
-    """Check that a new run overwrites no other, and that a resumed run's checkpoint is complete and holds no code.
+def _check_work_dir(cfg: Any, args: argparse.Namespace) -> None:
+    """Check that a new run overwrites no other, and that a resumed run's checkpoint can be used.
 
     Raises:
-        UsageError: the folder contains another run, or the checkpoint cannot be used.
+        UsageError: the folder contains another run, or the checkpoint is damaged, holds code, or is of another model.
     """
-    last = folder / "last_checkpoint"
+    last = Path(cfg.work_dir) / "last_checkpoint"
     if not last.exists():
         return
-    if not resume:
-        raise UsageError(f"--work-dir {folder}: already contains a run; add --resume, or use another folder")
-    read_fine_tuned(Path(last.read_text().strip()), "--resume")
+    if not args.resume:
+        raise UsageError(f"--work-dir {cfg.work_dir}: already contains a run; add --resume, or use another folder")
+    path = Path(last.read_text().strip())
+    check_model(read_fine_tuned(path, "--resume")["state_dict"], cfg, f"--resume {path}")
 
 
 def _make_hooks(weights: Weights, provenance: dict[str, Any]) -> list[Any]:

@@ -24,7 +24,6 @@ model = dict(
         norm_eval=False,
         style="pytorch",
         contract_dilation=True,
-        init_cfg=dict(type="Pretrained", checkpoint="filled in by train.py"),
     ),
     decode_head=dict(
         type="FCNHead",

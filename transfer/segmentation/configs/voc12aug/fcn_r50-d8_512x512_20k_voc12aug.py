@@ -1,7 +1,21 @@
 """PASCAL VOC with mmsegmentation's default FCN: output stride 8, auxiliary head, 20k iterations, batch size 16."""
+# mypy: disable-error-code="attr-defined"
 
-_base_ = ["../_base_/fcn_r50-d8.py", "../_base_/voc12aug_512x512.py", "../_base_/default_runtime.py"]
+_base_ = [  # mmengine replaces the list by the merged content of the files
+    "../_base_/fcn_r50-d8.py",
+    "../_base_/voc12aug.py",
+    "../_base_/pipelines_512x512.py",
+    "../_base_/default_runtime.py",
+]
 model = dict(decode_head=dict(num_classes=21), auxiliary_head=dict(num_classes=21))
+
+train_dataloader = dict(
+    dataset=dict(
+        datasets=[dict(part, pipeline=_base_.train_pipeline) for part in _base_.train_dataloader.dataset.datasets]
+    )
+)
+val_dataloader = dict(dataset=dict(pipeline=_base_.test_pipeline))
+test_dataloader = val_dataloader
 
 optim_wrapper = dict(
     type="OptimWrapper", optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=0.0005), clip_grad=None
