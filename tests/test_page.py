@@ -1,9 +1,10 @@
-"""The HTML page of viz_slots.py in a browser; skipped without selenium, chromium and chromedriver."""
+"""The HTML page of viz_slots.py; most tests need a browser and are skipped without selenium and chromium."""
 
 import argparse
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from data.datasets import build_dataset
 from transfer.figures.extractor import CenterCrops, FeatureExtractor
 from transfer.figures.page import build_page
 from transfer.figures.prototype_stats import PrototypeStats
+from utils.visualization import palette
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
-WebDriverException = pytest.importorskip("selenium.common").WebDriverException
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
+HAS_BROWSER = bool(find_spec("selenium") and BROWSER and DRIVER)
+if HAS_BROWSER:
+    from selenium import webdriver
+    from selenium.common import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
 K = 40
 USED = [number for number in range(K) if number % 5]
 
@@ -46,8 +50,15 @@ def page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def read_data(page: Path) -> Any:
+    """Return the data inside a page."""
+    return json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+
+
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
+    if not HAS_BROWSER:
+        pytest.skip("needs selenium, chromium and chromedriver")
     options = webdriver.ChromeOptions()
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
@@ -89,6 +100,11 @@ def press(browser: Any, keys: str) -> str:
     return str(browser.execute_script("return document.activeElement.id"))
 
 
+def test_color_of_a_prototype_is_that_of_its_number_in_the_palette(page: Path) -> None:
+    colors = [bytes.fromhex(prototype["color"].removeprefix("#")) for prototype in read_data(page)["prototypes"]]
+    assert [list(color) for color in colors] == (255 * palette(K)).round().int().tolist()
+
+
 def test_page_opens_without_errors_and_loads_no_other_files(browser: Any, page: Path) -> None:
     assert card_numbers(browser) == list(range(K))
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -109,7 +125,7 @@ def test_images_are_decoded_near_the_viewport_and_released_elsewhere(browser: An
 
 
 def test_sort_keys(browser: Any, page: Path) -> None:
-    prototypes = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["prototypes"]
+    prototypes = read_data(page)["prototypes"]
     keys = {
         "usage": lambda prototype: prototype["images"],
         "area": lambda prototype: prototype["area"],
@@ -129,7 +145,7 @@ def test_search_by_number_range_and_file_name(browser: Any, page: Path) -> None:
     for query, expected in (("17", [17]), ("3 17, #30", [3, 17, 30]), ("8-10", [8, 9, 10]), ("38-", [38, 39])):
         set_control(browser, "search", query)
         assert card_numbers(browser) == expected
-    data = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+    data = read_data(page)
     image = data["names"].index("15.jpg")
     set_control(browser, "search", "15.JPG")
     nearest = [[index for index, _ in prototype["nearest"]] for prototype in data["prototypes"]]
@@ -156,10 +172,89 @@ def test_keyboard_and_links(browser: Any) -> None:
     assert browser.find_element("id", "sort").get_attribute("value") == "usage"
 
 
+def test_swatch_has_the_color_of_the_prototype(browser: Any, page: Path) -> None:
+    script = "return [...document.querySelectorAll('.swatch')].map(swatch => getComputedStyle(swatch).backgroundColor)"
+    shown = [[int(level) for level in color[4:-1].split(",")] for color in browser.execute_script(script)]
+    assert shown == [list(bytes.fromhex(prototype["color"][1:])) for prototype in read_data(page)["prototypes"]]
+
+
+def test_size_and_area_are_explained_on_the_cards_and_by_the_order(browser: Any, page: Path) -> None:
+    text = browser.find_element("id", "31").text.replace("\n", " ")
+    images, area = (read_data(page)["prototypes"][31][name] for name in ("images", "area"))
+    assert f"usage {100 * images / 16:.0f}% ({images} of 16 images)" in text
+    assert f"size {1600 * area / images:#.2g}% of their area" in text
+    assert f"area {100 * area:#.2g}% of the total area" in text
+    for name, explanation in (
+        ("usage", "share of the images that use the prototype"),
+        ("size", "share of the area of the images that use the prototype"),
+        ("area", "share of the area of all images"),
+    ):
+        set_control(browser, "sort", name)
+        assert browser.find_element("id", "count").text == f"40 prototypes, sorted by {name}: {explanation}"
+    set_control(browser, "sort", "number")
+    assert browser.find_element("id", "count").text == "40 prototypes"
+
+
+def test_definitions_open_by_keyboard_and_by_click(browser: Any) -> None:
+    definitions, summary = (browser.find_element("css selector", f"details {name}") for name in ("dl", "summary"))
+    assert not definitions.is_displayed()
+    summary.send_keys(webdriver.Keys.ENTER)
+    assert definitions.is_displayed()
+    assert [term.text for term in definitions.find_elements("css selector", "dt")] == ["usage", "size", "area"]
+    summary.click()
+    assert not definitions.is_displayed()
+
+
+@pytest.fixture
+def phone(browser: Any) -> Iterator[Any]:
+    """The browser with the page on a screen of 390 x 844 pixels."""
+    set_size(browser, 390, 844)
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def set_size(browser: Any, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def test_phone_shows_large_images_below_a_low_bar(phone: Any) -> None:
+    script = "return [...document.querySelectorAll('.row figure div')].map(image => image.offsetWidth)"
+    assert min(phone.execute_script(script)) > 100
+    assert phone.execute_script("return document.querySelector('nav').offsetHeight") < 844 / 12
+
+
+def test_file_names_break_only_after_separators(phone: Any, page: Path, tmp_path: Path) -> None:
+    """Parts that are too long lose their middle, and the end of the name is shown."""
+    names = [f"validation_images/ADE_val_{n:08}-0123456789abcdef0123456789abcdef.jpg" for n in range(16)]
+    data = read_data(page)
+    (tmp_path / "page.html").write_text(
+        page.read_text().replace(json.dumps(data["names"], separators=(",", ":")), json.dumps(names))
+    )
+    phone.get((tmp_path / "page.html").as_uri())
+    for width in (320, 390, 1200):
+        set_size(phone, width, 844)
+        enlarged = phone.find_element("id", "1")
+        if "large" not in enlarged.get_attribute("class"):
+            enlarged.find_element("css selector", "h2 button").click()
+        # Every part of a name between two possible breaks is on one line, and inside of its column.
+        script = """return [...document.querySelectorAll("[id='1'] .name")].map(name => {
+          const range = document.createRange(), {left, right} = name.closest("figure").getBoundingClientRect();
+          return [...name.children].filter(part => part.textContent).map(part => {
+            range.selectNodeContents(part.firstChild);
+            const lines = [...range.getClientRects()];
+            return [part.textContent, lines.length, lines[0].left >= left - 1 && lines[0].right <= right + 1];
+          });
+        });"""
+        (*parts, last), *_ = phone.execute_script(script)
+        assert all(number == 1 and fits for _, number, fits in (*parts, last))
+        assert [text for text, _, _ in parts[:3]] == ["validation_", "images/", "ADE_"]
+        assert last[0] == "012345678…bcdef.jpg"
+
+
 @pytest.mark.parametrize("width", [320, 390, 1200, 2500])
 def test_page_fits_the_width_in_light_and_dark(width: int, browser: Any) -> None:
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    set_size(browser, width, 800)
     for scheme in ("light", "dark"):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})

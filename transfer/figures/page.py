@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
 from transfer.figures.extractor import FeatureExtractor
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.strips import render_strips
+from utils.visualization import palette
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _LARGE_SIDE, _SMALL_SIDE, _MAX_LARGE = 126, 98, 512
@@ -43,9 +45,9 @@ def build_page(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float,
 def collect_data(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float) -> dict[str, Any]:
     """Return what the page shows, as JSON: `images` (how many), `names` of the shown ones, and the `prototypes`.
 
-    Of each prototype: `images` (how many use it), `area` (share of all images), `nearest` (pairs of an index into
-    `names` and a cosine similarity), `similar` (pairs of a prototype and a cosine similarity) and `strip` (the nearest
-    images side by side as a JPEG in base64).
+    Of each prototype: `color` (as `#rrggbb`), `images` (how many use it), `area` (share of all images), `nearest`
+    (pairs of an index into `names` and a cosine similarity), `similar` (pairs of a prototype and a cosine similarity)
+    and `strip` (the nearest images side by side as a JPEG in base64).
     """
     rankings = {prototype: stats.nearest.ranking(prototype) for prototype in range(len(stats.prototypes))}
     side = _LARGE_SIDE if len(rankings) <= _MAX_LARGE else _SMALL_SIDE
@@ -53,8 +55,10 @@ def collect_data(extractor: FeatureExtractor, stats: PrototypeStats, alpha: floa
     similar = most_similar(stats.prototypes)
     shown = sorted({index for ranking in rankings.values() for index, _ in ranking})
     position = {index: number for number, index in enumerate(shown)}
+    colors = [to_hex(color) for color in palette(len(rankings)).tolist()]
     prototypes = [
         {
+            "color": colors[prototype],
             "images": int(stats.image_counts[prototype]),
             "area": round(float(stats.area[prototype]) / stats.num_images, 7),
             "nearest": [[position[index], round(score, 3)] for index, score in ranking],
