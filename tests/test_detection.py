@@ -1,6 +1,7 @@
 """Fine-tuning with detectron2: recipe, weights and checks without detectron2; training where it is installed."""
 
 import ast
+import functools
 import importlib
 import json
 import logging
@@ -18,15 +19,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 from torchvision import models as torchvision_models
 
 from tests.checkpoint_data import CodeInPickle
-from tests.detection_data import make_cityscapes, make_coco
+from tests.detection_data import HEIGHT, WIDTH, make_cityscapes, make_coco, make_custom_data
 from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
-from transfer.detection import d2_config, d2_weights, train_net
+from transfer.detection import d2_config, d2_custom_data, d2_weights, train_net
+from transfer.detection.d2_custom_data import Schedule, schedule_for
 from transfer.detection.d2_weights import BACKBONE, WeightsFile
 from transfer.finetuning import data_root
 from transfer.results import write_json
@@ -35,6 +38,7 @@ from utils.errors import UsageError
 TRAIN_NET = Path(train_net.__file__)
 CONFIGS = TRAIN_NET.parent / "configs"
 SLOTCON = str(CONFIGS / "COCO_R_50_FPN_1x_SlotCon.yaml")
+CUSTOM = str(CONFIGS / "Custom_R_50_FPN.yaml")
 SMALL_RUN = {
     "SEED": "1",
     "INPUT.MIN_SIZE_TRAIN": "(96,)",
@@ -83,34 +87,83 @@ SCHEDULES = {
     "Cityscapes_R_50_FPN_SlotCon": CITYSCAPES,
     "Cityscapes_R_50_FPN_SlotFA": CITYSCAPES,
 }
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+RECIPE: dict[str, Any] = {
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.WEIGHTS": "",
+    "MODEL.MASK_ON": True,
+    "MODEL.PIXEL_MEAN": MEAN,
+    "MODEL.PIXEL_STD": STD,
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.FPN.NORM": "SyncBN",
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
+    "INPUT.FORMAT": "RGB",
+    "INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800),
+    "INPUT.MIN_SIZE_TEST": 800,
+    "DATASETS.TRAIN": ("coco_2017_train",),
+    "DATASETS.TEST": ("coco_2017_val",),
+    "TEST.PRECISE_BN.ENABLED": True,
+}
+"""Mask R-CNN as in the experiments of SlotCon, by the keys of detectron2; a list stays a list in its configs."""
+DEFAULTS: dict[str, Any] = {
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "INPUT.MAX_SIZE_TEST": 1333,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+    "SOLVER.GAMMA": 0.1,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 0.0001,
+    "SOLVER.WARMUP_ITERS": 1000,
+    "SOLVER.AMP.ENABLED": False,
+    "TEST.PRECISE_BN.NUM_ITER": 200,
+}
+"""What the recipe takes from detectron2's defaults, unless a config sets it."""
+SUPERVISED = {
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    "MODEL.PIXEL_MEAN": MEAN[::-1],
+    "MODEL.PIXEL_STD": [1, 1, 1],
+    "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    "INPUT.FORMAT": "BGR",
+}
+ON_CITYSCAPES = {
+    "MODEL.ROI_HEADS.NUM_CLASSES": 8,
+    "INPUT.MIN_SIZE_TRAIN": (800, 832, 864, 896, 928, 960, 992, 1024),
+    "INPUT.MIN_SIZE_TEST": 1024,
+    "INPUT.MAX_SIZE_TRAIN": 2048,
+    "INPUT.MAX_SIZE_TEST": 2048,
+    "DATASETS.TRAIN": ("cityscapes_fine_instance_seg_train",),
+    "DATASETS.TEST": ("cityscapes_fine_instance_seg_val",),
+}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    """Return the published value of each field that a config sets, by its dotted key."""
+    changes = SUPERVISED if name == "COCO_R_50_FPN_1x" else ON_CITYSCAPES if name.startswith("Cityscapes") else {}
+    return RECIPE | {f"SOLVER.{key}": value for key, value in SCHEDULES[name].items()} | changes
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_config_has_the_published_recipe(name: str) -> None:
     config = merge_config(CONFIGS / f"{name}.yaml")
-    model, supervised, cityscapes = config["MODEL"], name == "COCO_R_50_FPN_1x", name.startswith("Cityscapes")
-    assert config["SOLVER"] | {"STEPS": ast.literal_eval(config["SOLVER"]["STEPS"])} == SCHEDULES[name]
-    assert all(model[part]["NORM"] == "SyncBN" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
-    assert (model["ROI_BOX_HEAD"]["NUM_CONV"], model["ROI_BOX_HEAD"]["NUM_FC"]) == (4, 1)
-    assert model["ROI_MASK_HEAD"]["NUM_CONV"] == 4
-    assert model["MASK_ON"] is True
-    assert model["BACKBONE"]["FREEZE_AT"] == 0
-    assert config["TEST"]["PRECISE_BN"]["ENABLED"] is True
-    assert model["RESNETS"]["STRIDE_IN_1X1"] is supervised
-    assert config["INPUT"]["FORMAT"] == ("BGR" if supervised else "RGB")
-    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-    assert model["PIXEL_MEAN"] == (mean[::-1] if supervised else mean)
-    assert model["PIXEL_STD"] == ([1, 1, 1] if supervised else std)
-    assert model["WEIGHTS"] == ("detectron2://ImageNetPretrained/MSRA/R-50.pkl" if supervised else "")
-    sizes = ast.literal_eval(config["INPUT"]["MIN_SIZE_TRAIN"])
-    assert sizes == tuple(range(800, 1025, 32) if cityscapes else range(640, 801, 32))
-    assert config["INPUT"]["MIN_SIZE_TEST"] == sizes[-1]
-    assert model.get("ROI_HEADS", {}).get("NUM_CLASSES", 80) == (8 if cityscapes else 80)
+    for key, expected in recipe_of(name).items():
+        value = functools.reduce(lambda node, part: node[part], key.split("."), config)
+        # YAML has no tuples; detectron2 evaluates them.
+        assert (ast.literal_eval(value) if isinstance(expected, tuple) else value) == expected, key
 
 
 def test_each_config_has_its_own_output_folder() -> None:
     files = [path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("Base")]
-    assert {path.stem for path in files} == set(SCHEDULES)
+    assert {path.stem for path in files} == {*SCHEDULES, "Custom_R_50_FPN"}
     assert len({merge_config(path)["OUTPUT_DIR"] for path in files}) == len(files)
 
 
@@ -197,6 +250,13 @@ def test_home_folder_in_the_data_folders_is_expanded(tmp_path: Path, monkeypatch
         assert data_root(task) == tmp_path / "data"
 
 
+def test_capped_evaluation_is_for_coco_style_data(tmp_path: Path) -> None:
+    pytest.importorskip("cityscapesscripts")
+    metadata = {"evaluator_type": "cityscapes_instance"}
+    with pytest.raises(UsageError, match="--max-val-images: detectron2 evaluates Cityscapes on all images only"):
+        d2_config.check_dataset("cityscapes", metadata, num_machines=1, max_val_images=5)
+
+
 def test_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     cfg = SimpleNamespace(OUTPUT_DIR=str(tmp_path / "run"))
     d2_config.check_output_dir(cfg, resume_or_eval=False)
@@ -218,6 +278,51 @@ def test_numbers_that_are_not_finite_are_null_in_results(tmp_path: Path) -> None
 def test_numpy_integers_and_booleans_keep_their_type_in_results(tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", [np.int64(5), np.bool_(True), 5, np.float64(5)])
     assert "".join((tmp_path / "results.json").read_text().split()) == "[5,true,5,5.0]"
+
+
+# One's own data without detectron2
+
+
+def test_schedule_follows_from_the_number_of_images() -> None:
+    coco = schedule_for(117_266)
+    assert {"IMS_PER_BATCH": coco.batch_size, "BASE_LR": coco.learning_rate} | {
+        "STEPS": coco.steps,
+        "MAX_ITER": coco.max_iter,
+    } == COCO_1X
+    assert (coco.warmup, coco.period, coco.precise_bn) == (1000, 18000, 200)
+    assert schedule_for(2975) == Schedule(16, 0.02, 14336, (9557, 12743), warmup=1000, period=2868, precise_bn=186)
+    assert schedule_for(5) == Schedule(5, 0.00625, 1881, (1254, 1672), warmup=188, period=377, precise_bn=1)
+
+
+def test_schedule_follows_from_batch_length_and_processes() -> None:
+    default, small = schedule_for(100), schedule_for(100, batch_size=4)
+    assert small.learning_rate == default.learning_rate / 4
+    assert small.max_iter * small.batch_size == pytest.approx(default.max_iter * default.batch_size, abs=16)
+    assert schedule_for(100, max_iter=90) == Schedule(16, 0.02, 90, (60, 80), warmup=9, period=18, precise_bn=7)
+    assert schedule_for(100, processes=3).batch_size == 15
+    assert schedule_for(5, processes=4).batch_size == 4
+    with pytest.raises(UsageError, match="5 images with objects are too few for 8 GPUs"):
+        schedule_for(5, processes=8)
+
+
+OWN_DATA = ["--train-json", "a.json", "--train-images", "a", "--val-json", "b.json", "--val-images", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (OWN_DATA[:-2], "--val-images is missing; --train-json, --train-images, --val-json and --val-images go tog"),
+        (OWN_DATA[2:], "--train-json is missing"),
+        ([*OWN_DATA, "--auto-scale"], "--auto-scale: own data has a schedule of its own"),
+        ([*OWN_DATA, "DATASETS.TEST", "('coco_2017_val',)"], "DATASETS.TEST: follows from --train-json"),
+        ([*OWN_DATA, "MODEL.ROI_HEADS.NUM_CLASSES", "3"], "MODEL.ROI_HEADS.NUM_CLASSES: follows from --train-json"),
+        (OWN_DATA, "--train-json a.json: no such file"),
+    ],
+)
+def test_unsuitable_flags_of_own_data_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        d2_custom_data.read_custom_data(train_net.parse_args(["--config-file", CUSTOM, *arguments]))
+    assert str(error.value).startswith(message)
 
 
 # Weights without detectron2: a ResNet-18 under detectron2's names in place of the configs' ResNet-50
@@ -266,7 +371,7 @@ def replace(state: dict[str, Any], name: str, array: np.ndarray | None) -> dict[
 UNSUITABLE: dict[str, tuple[Callable[[torchvision_models.ResNet, Path], Any], str]] = {
     "missing": (
         lambda network, _: replace(convert(network, "resnet18"), "res3.1.conv2.norm.running_mean", None),
-        "res3.1.conv2.norm.running_mean is missing",
+        "res3.1.conv2.norm.running_mean is missing; the file is incomplete; make it again with python transfer/",
     ),
     "nan": (
         lambda network, _: replace(
@@ -278,19 +383,19 @@ UNSUITABLE: dict[str, tuple[Callable[[torchvision_models.ResNet, Path], Any], st
         lambda network, _: replace(
             convert(network, "resnet18"), "res5.0.conv2.weight", np.zeros((512, 512, 1, 1), np.float32)
         ),
-        "res5.0.conv2.weight has shape (512, 512, 1, 1) and the config's model (512, 512, 3, 3)",
+        "res5.0.conv2.weight has shape (512, 512, 1, 1) and the config's model (512, 512, 3, 3); the file holds",
     ),
     "other_architecture": (
         lambda *_: convert(torchvision_models.resnet34(), "resnet34"),
-        "does not exist in the config's model; give weights of the config's architecture; these are of a resnet34",
+        "holds a ResNet-34, and the config is for a ResNet-18; give weights of that",
     ),
-    "torchvision": (
-        lambda network, _: {name: value.numpy() for name, value in network.state_dict().items()},
-        "not converted; python transfer/detection/convert_pretrain_to_d2.py",
+    "other_tensor": (
+        lambda network, _: replace(convert(network, "resnet18"), "res2.0.gate.weight", np.zeros(1, np.float32)),
+        "res2.0.gate.weight does not exist in the config's model; the file holds another network",
     ),
     "code": (lambda network, path: convert(network, "resnet18") | {"note": CodeInPickle(path / "executed")}, "refused"),
     "no_weights": (lambda *_: {"model": 3}, "no weights"),
-    "other_content": (lambda *_: {"model": {"number": 2.0}}, "stem.conv1.weight is missing"),
+    "other_content": (lambda *_: {"model": {"number": 2.0}}, "no ResNet in it; make a file with python transfer/"),
 }
 
 
@@ -306,15 +411,45 @@ def test_unsuitable_weights_are_refused(name: str, resnet18: torchvision_models.
     assert not (tmp_path / "executed").exists()
 
 
-def test_pretraining_checkpoint_is_refused_with_the_command_that_converts_it(
+def test_unconverted_weights_are_refused_with_the_command_that_converts_them(
     resnet18: torchvision_models.ResNet, tmp_path: Path
 ) -> None:
-    path = tmp_path / "current.pth"
-    model = {f"encoder_k.{name}": value for name, value in resnet18.state_dict().items()}
-    torch.save({"model": model, "args": Namespace(arch="resnet18"), "epoch": 3}, path)
-    advice = f"convert_pretrain_to_d2.py {path} current.pkl, then MODEL.WEIGHTS current.pkl"
-    with pytest.raises(UsageError, match=advice):
-        d2_weights.read_weights(WeightsFile("MODEL.WEIGHTS", path, False))
+    state = resnet18.state_dict()
+    model = model_of(convert(resnet18, "resnet18"))
+    pretraining = {f"{name}.{key}": value for name in ("encoder_q", "encoder_k") for key, value in state.items()}
+    torch.save({"model": pretraining, "args": Namespace(arch="resnet18"), "epoch": 3}, tmp_path / "current.pth")
+    torch.save({"state_dict": state}, tmp_path / "timm.pth")
+    torch.save({"state_dict": {f"backbone.{key}": value for key, value in state.items()}}, tmp_path / "mmseg.pth")
+    safetensors.torch.save_file(state, tmp_path / "encoder.safetensors")
+    for path in tmp_path.iterdir():
+        advice = (
+            f"not converted; python .*convert_pretrain_to_d2.py {path} {path.stem}.pkl, then MODEL.WEIGHTS {path.stem}"
+        )
+        with pytest.raises(UsageError, match=advice):
+            d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
+        with pytest.raises(UsageError, match=r"is missing; give a detector of this config"):
+            d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=True), model)
+
+
+def test_weights_of_another_network_are_refused_also_before_their_conversion(
+    resnet18: torchvision_models.ResNet, tmp_path: Path
+) -> None:
+    model, path = model_of(convert(resnet18, "resnet18")), tmp_path / "encoder.pth"
+    vit = {"patch_embed.proj.weight": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}
+    for state, network in ((torchvision_models.resnet50().state_dict(), "ResNet-50"), (vit, "ViT")):
+        torch.save(state, path)
+        with pytest.raises(UsageError, match=f"holds a {network}, and the config is for a ResNet-18"):
+            d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
+
+
+def test_training_may_start_from_the_backbone_of_a_detector(
+    resnet18: torchvision_models.ResNet, tmp_path: Path
+) -> None:
+    model, path = model_of(convert(resnet18, "resnet18")), tmp_path / "model_final.pth"
+    other_classes = {"roi_heads.box_predictor.cls_score.weight": torch.zeros(3, 4)}
+    torch.save({"model": model | other_classes}, path)
+    expected = d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
+    assert set(expected) == {name for name in model if name.startswith(BACKBONE)}
 
 
 def test_resumed_run_loads_the_last_checkpoint(tmp_path: Path) -> None:
@@ -384,9 +519,13 @@ def imported_trainer(datasets: Path) -> ModuleType:
 def trainer(imported_trainer: ModuleType) -> Iterator[ModuleType]:
     """The module; detectron2's log handlers, which keep the streams of the first test, are removed afterwards."""
     yield imported_trainer
+    remove_log_handlers(imported_trainer)
+
+
+def remove_log_handlers(trainer: ModuleType) -> None:
     for name in ("detectron2", "fvcore", "transfer"):
         logging.getLogger(name).handlers.clear()
-    imported_trainer.setup_logger.cache_clear()
+    trainer.setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -406,9 +545,10 @@ def load_config(*flags: str) -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_detectron2_builds_the_config(name: str, trainer: ModuleType) -> None:
+def test_detectron2_builds_the_published_recipe(name: str, trainer: ModuleType) -> None:
     cfg, _ = load_config("--num-gpus", "0", "--config-file", str(CONFIGS / f"{name}.yaml"))
-    assert {key: cfg.SOLVER[key] for key in COCO_1X} == SCHEDULES[name]
+    for key, expected in (DEFAULTS | recipe_of(name)).items():
+        assert functools.reduce(getattr, key.split("."), cfg) == expected, key
     assert sum(key.startswith(BACKBONE) for key in d2_config.model_state(cfg)) == 318
 
 
@@ -546,3 +686,138 @@ def test_usage_error_is_one_line_and_writes_nothing(
     argv = ["--config-file", SLOTCON, "--num-gpus", "0", *options]
     assert message in run_expecting_usage_error(train_net.main, argv, capsys)
     assert not (tmp_path / "output").exists()
+
+
+# With detectron2, on one's own data
+
+SMALL_MODEL = {
+    "MODEL.RESNETS.DEPTH": "18",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
+    "MODEL.FPN.OUT_CHANNELS": "16",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": "16",
+}
+
+
+@pytest.fixture(scope="module")
+def custom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Own data with polygons, one run-length code, and a box without area."""
+    folder = tmp_path_factory.mktemp("custom")
+    make_custom_data(folder)
+    content = json.loads((folder / "train.json").read_text())
+    content["annotations"][0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [10, 200, HEIGHT * WIDTH - 210]}
+    content["annotations"][1]["bbox"] = [10, 10, 0, 10]
+    (folder / "train.json").write_text(json.dumps(content))
+    return folder
+
+
+def custom_command(folder: Path, *flags: str, **overrides: Any) -> list[str]:
+    """Return the arguments of a small run on the data of `make_custom_data`."""
+    paths = [f"--train-json={folder}/train.json", f"--train-images={folder}/train"]
+    paths += [f"--val-json={folder}/val.json", f"--val-images={folder}/val"]
+    return command(*paths, *flags, config=CUSTOM, **SMALL_MODEL, **overrides)
+
+
+def train_on_custom_data(
+    trainer: ModuleType, network: torchvision_models.ResNet, data: Path, folder: Path, *flags: str
+) -> Path:
+    """Run two iterations and the evaluation, and return OUTPUT_DIR."""
+    weights = folder / "encoder.pkl"
+    weights.write_bytes(pickle.dumps(convert(network, "resnet18")))
+    train_net.main(custom_command(data, *flags, MODEL__WEIGHTS=weights, OUTPUT_DIR=folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained_on_custom_data(
+    imported_trainer: ModuleType,
+    resnet18: torchvision_models.ResNet,
+    custom_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = train_on_custom_data(imported_trainer, resnet18, custom_data, tmp_path_factory.mktemp("custom_run"))
+    remove_log_handlers(imported_trainer)
+    return folder
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_training_on_own_data_ends_with_box_and_mask_ap(trained_on_custom_data: Path) -> None:
+    results = read_results(trained_on_custom_data)
+    assert set(results) == {"bbox", "segm"}
+    for metrics in results.values():
+        assert all(math.isfinite(metrics[name]) for name in ("AP", "AP-first", "AP-second"))
+    log = (trained_on_custom_data / "log.txt").read_text()
+    assert "--train-json: 6 images, 21 objects, number of classes 2; 1 annotations without area are ignored" in log
+    assert "schedule for 6 images with objects: batch 2, learning rate 0.001 divided by 10 after 1 of 2 it" in log
+    assert "120 of 120 backbone tensors" in log
+    assert math.isfinite(json.loads((trained_on_custom_data / "metrics.json").read_text().splitlines()[0])["loss_mask"])
+
+
+def test_first_images_are_evaluated_as_if_they_were_all(
+    trained_on_custom_data: Path, trainer: ModuleType, custom_data: Path, tmp_path: Path
+) -> None:
+    options = {"MODEL__WEIGHTS": trained_on_custom_data / "model_final.pth"}
+    capped, data, results = tmp_path / "capped", tmp_path / "data", []
+    train_net.main(custom_command(custom_data, "--eval-only", "--max-val-images=2", OUTPUT_DIR=capped, **options))
+    shutil.copytree(custom_data, data)
+    content = json.loads((data / "val.json").read_text())
+    content["images"] = content["images"][:2]
+    content["annotations"] = [item for item in content["annotations"] if item["image_id"] < 2]
+    (data / "val.json").write_text(json.dumps(content))
+    train_net.main(custom_command(data, "--eval-only", OUTPUT_DIR=tmp_path / "two", **options))
+    results = [read_results(folder) for folder in (capped, tmp_path / "two")]
+    assert results[0] == results[1]
+    assert results[0] != read_results(trained_on_custom_data)
+
+
+def test_run_on_own_data_resumes(
+    trained_on_custom_data: Path, trainer: ModuleType, custom_data: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained_on_custom_data, tmp_path / "run"))
+    train_net.main(custom_command(custom_data, "--resume", OUTPUT_DIR=folder, SOLVER__MAX_ITER=3))
+    assert "Starting training from iteration 2" in (folder / "log.txt").read_text()
+    assert set(read_results(folder)) == {"bbox", "segm"}
+
+
+def test_annotations_without_masks_train_boxes_only(
+    trainer: ModuleType, resnet18: torchvision_models.ResNet, custom_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(custom_data, tmp_path / "data"))
+    for split in ("train", "val"):
+        content = json.loads((data / f"{split}.json").read_text())
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        (data / f"{split}.json").write_text(json.dumps(content))
+    folder = train_on_custom_data(trainer, resnet18, data, tmp_path)
+    assert set(read_results(folder)) == {"bbox"}
+    log = (folder / "log.txt").read_text()
+    assert "boxes only: the model has no mask head, because --train-json has no masks" in log
+
+
+def test_settings_follow_from_own_data_unless_overridden(trainer: ModuleType, custom_data: Path) -> None:
+    paths = custom_command(custom_data)[:8]
+    args = train_net.parse_args([*paths, "SOLVER.MAX_ITER", "90", "SOLVER.WARMUP_ITERS", "5"])
+    cfg, notes = d2_config.load_config(args, d2_custom_data.read_custom_data(args))
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("custom_train",), ("custom_val",))
+    assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT) == (2, True, "bitmask")
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (6, 0.0075, 90)
+    assert (solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == ((60, 80), 5, 18)
+    assert (cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER) == (18, 1)
+    assert "batch 6, learning rate 0.0075 divided by 10 after 60 and 80 of 90 iterations, warm-up 5" in notes[-1]
+
+
+def test_missing_masks_are_refused_and_nothing_is_written(
+    trainer: ModuleType, custom_data: Path, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    data = Path(shutil.copytree(custom_data, tmp_path / "data"))
+    content = json.loads((data / "val.json").read_text())
+    del content["annotations"][0]["segmentation"]
+    (data / "val.json").write_text(json.dumps(content))
+    message = run_expecting_usage_error(train_net.main, custom_command(data, OUTPUT_DIR=tmp_path / "run"), capsys)
+    assert "--val-json: 1 of 10 objects have no mask; add the masks, or MODEL.MASK_ON False" in message
+    assert not (tmp_path / "run").exists()

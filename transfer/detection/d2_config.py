@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfer.detection import d2_custom_data
+from transfer.detection.d2_custom_data import CustomData
 from transfer.finetuning import data_root
 from utils.errors import UsageError
 from utils.files import check_writable
@@ -19,8 +21,11 @@ _CONFIG_GPUS = 8
 _EVALUATORS = ("coco", "cityscapes_instance")
 
 
-def load_config(args: argparse.Namespace) -> tuple[Any, list[str]]:
+def load_config(args: argparse.Namespace, data: CustomData | None = None) -> tuple[Any, list[str]]:
     """Load the detectron2 config of a command for this machine's devices. Return it, frozen, and notes for the log.
+
+    Args:
+        data: the command's own data, from which classes and schedule follow; None for the datasets of the config.
 
     Raises:
         UsageError: the file, a key or a value is invalid, or this machine has fewer GPUs.
@@ -28,7 +33,6 @@ def load_config(args: argparse.Namespace) -> tuple[Any, list[str]]:
     import yaml
     from detectron2.config import get_cfg
 
-    check_options(args)
     cfg, where = get_cfg(), f"--config-file {args.config_file}"
     try:
         cfg.merge_from_file(args.config_file)
@@ -37,12 +41,16 @@ def load_config(args: argparse.Namespace) -> tuple[Any, list[str]]:
     except (yaml.YAMLError, KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
     processes, notes = configure_device(cfg, args)
+    if data:
+        notes += d2_custom_data.configure(cfg, data, args.opts, processes)
     if args.auto_scale:
         cfg = scale_schedule(cfg, processes)
         solver = f"batch {cfg.SOLVER.IMS_PER_BATCH}, lr {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations"
         notes.append(f"--auto-scale: {solver}, for {processes} processes instead of {_CONFIG_GPUS}")
     if cfg.SOLVER.IMS_PER_BATCH % processes and not args.eval_only:
         raise UsageError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: not a multiple of {processes} GPUs")
+    if args.max_val_images:
+        notes.append(f"--max-val-images: evaluation on the first {args.max_val_images} images only")
     cfg.freeze()
     return cfg, notes
 
@@ -129,12 +137,14 @@ def check_data(cfg: Any, args: argparse.Namespace) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     for name in cfg.DATASETS.TEST if args.eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
+        if name in d2_custom_data.DATASETS.values():
+            raise UsageError(f"DATASETS: {name} needs {', '.join(d2_custom_data.FLAGS)}")
         if name not in DatasetCatalog.list():
             raise UsageError(f"DATASETS: detectron2 has no dataset {name}")
-        check_dataset(name, MetadataCatalog.get(name).as_dict(), args.num_machines)
+        check_dataset(name, MetadataCatalog.get(name).as_dict(), args.num_machines, args.max_val_images)
 
 
-def check_dataset(name: str, metadata: dict[str, Any], num_machines: int) -> None:
+def check_dataset(name: str, metadata: dict[str, Any], num_machines: int, max_val_images: int | None = None) -> None:
     """Check one dataset.
 
     Args:
@@ -156,6 +166,8 @@ def check_dataset(name: str, metadata: dict[str, Any], num_machines: int) -> Non
             raise UsageError(f"DATASETS: {name} needs pip install -r transfer/requirements-detection.txt")
         if num_machines > 1:
             raise UsageError("--num-machines: detectron2 evaluates Cityscapes on one machine only")
+        if max_val_images:
+            raise UsageError("--max-val-images: detectron2 evaluates Cityscapes on all images only; leave it out")
 
 
 def model_state(cfg: Any) -> dict[str, Tensor]:

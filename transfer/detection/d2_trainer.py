@@ -11,27 +11,49 @@ from typing import Any
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.samplers import InferenceSampler
 from detectron2.engine import DefaultTrainer, default_setup, launch
 from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.utils.data import DataLoader
 
-from transfer.detection import d2_config, d2_weights
+from transfer.detection import d2_config, d2_custom_data, d2_weights
 from transfer.results import write_json
 
 _CITYSCAPES_PACKAGE = "deeplearning.projects.cityscapesApi.cityscapesscripts"
 _EVALUATION = ".evaluation.evalInstanceLevelSemanticLabeling"
 
 
+class FirstImagesEvaluator(COCOEvaluator):
+    """COCO's evaluation on the first images by their ids; the objects of the others do not count as missed."""
+
+    def __init__(self, max_images: int | None, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.max_images = max_images
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
+        return super().evaluate(sorted(self._coco_api.getImgIds())[: self.max_images])
+
+
 class Trainer(DefaultTrainer):
     """detectron2's default trainer with the evaluators of COCO and Cityscapes."""
+
+    max_val_images: int | None = None
+    """The number of images of each dataset to evaluate, set in every process; None for all."""
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        images = get_detection_dataset_dicts(dataset_name, filter_empty=False)[: cls.max_val_images]  # sorted by id
+        return build_detection_test_loader(cfg, dataset_name, dataset=images, sampler=InferenceSampler(len(images)))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if MetadataCatalog.get(dataset_name).evaluator_type == "coco":
             tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-            return COCOEvaluator(dataset_name, tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+            folder = str(Path(cfg.OUTPUT_DIR) / "inference")
+            return FirstImagesEvaluator(cls.max_val_images, dataset_name, tasks, output_dir=folder)
         return CityscapesInstanceEvaluator(dataset_name)
 
     def train(self) -> dict[str, Any]:
@@ -46,17 +68,25 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UsageError: the config, the data, the weights or OUTPUT_DIR is unsuitable; nothing has been written.
     """
-    cfg, notes = d2_config.load_config(args)
+    d2_config.check_options(args)
+    data = d2_custom_data.read_custom_data(args)
+    cfg, notes = d2_config.load_config(args, data)
     d2_config.check_output_dir(cfg, resume_or_eval=args.resume or args.eval_only)
-    d2_config.check_data(cfg, args)
+    if data is None:
+        d2_config.check_data(cfg, args)
     file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
     d2_weights.check_weights(file, d2_config.model_state(cfg))
+    if data:
+        d2_custom_data.write_annotations(data, Path(cfg.OUTPUT_DIR))
     gpus = 1 if cfg.MODEL.DEVICE == "cpu" else args.num_gpus
     launch(run_process, gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg, notes))
 
 
 def run_process(args: argparse.Namespace, cfg: CfgNode, notes: list[str]) -> None:
     """Train or evaluate in one of the processes; the main one writes OUTPUT_DIR/results.json."""
+    Trainer.max_val_images = args.max_val_images
+    if d2_custom_data.has_custom_data(args):
+        d2_custom_data.register(args, Path(cfg.OUTPUT_DIR))
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="transfer")
     for note in notes:

@@ -4,8 +4,9 @@ detectron2 itself unpickles any file, and only prints a warning about tensors th
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.encoders import read_provenance
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
@@ -46,7 +46,6 @@ class FileContents:
     """By the names of the model, as far as detectron2's rules give them."""
     caffe2: bool = False
     """Whether Caffe2 wrote the file; such files have no batch-norm statistics."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_weights(cfg: Any, resume: bool, eval_only: bool) -> WeightsFile:
@@ -82,7 +81,7 @@ def read_weights(file: WeightsFile) -> FileContents:
     """Read the tensors of a file under the model's names, by the rules that detectron2 applies.
 
     Raises:
-        UsageError: the file is missing, truncated, holds code (none of which runs), or is not converted.
+        UsageError: the file is missing, truncated, or holds code (none of which runs).
     """
     where = f"{file.flag} {file.path}"
     is_pickle = file.path.suffix == ".pkl"
@@ -91,11 +90,6 @@ def read_weights(file: WeightsFile) -> FileContents:
     if not isinstance(weights, Mapping):
         raise UsageError(f"{where}: no weights in it")
     weights = {name: _to_tensor(value) for name, value in weights.items() if _is_weight(name, value)}
-    if any(name.endswith("layer1.0.conv1.weight") for name in weights):
-        output = file.path.with_suffix(".pkl").name
-        raise UsageError(
-            f"{where}: not converted; {_CONVERT_COMMAND} {file.path} {output}, then MODEL.WEIGHTS {output}"
-        )
     caffe2 = is_pickle and ("model" not in state or state.get("__author__") == "Caffe2")
     if caffe2:
         weights = _rename_caffe2(weights)
@@ -104,7 +98,7 @@ def read_weights(file: WeightsFile) -> FileContents:
         weights = {
             f"{BACKBONE}{name}" if name.startswith(backbone_prefixes) else name: weights[name] for name in weights
         }
-    return FileContents(weights, caffe2, read_provenance(state))
+    return FileContents(weights, caffe2)
 
 
 def _is_weight(name: Any, value: Any) -> bool:
@@ -138,30 +132,56 @@ def check_weights(file: WeightsFile, model: Mapping[str, Tensor]) -> dict[str, T
     """
     contents, where = read_weights(file), f"{file.flag} {file.path}"
     required = [name for name in model if _is_required(name, file, contents)]
-    advice = _advise(file, contents)
     if not any(name.startswith(BACKBONE) for name in required):
         raise UsageError("--config-file: its model has no ResNet with an FPN; use one of transfer/detection/configs")
+    incomplete = other = "give a detector of this config, such as its run's model_final.pth"
+    if not file.full_model:
+        network = _check_network(file, contents, model)
+        incomplete = f"the file is incomplete; make it again with {_CONVERT_COMMAND} CHECKPOINT OUT.pkl"
+        other = f"the file holds another network; give weights of a {network}"
     for name in required:
         if name not in contents.tensors:
-            raise UsageError(f"{where}: {name} is missing; {advice}")
+            raise UsageError(f"{where}: {name} is missing; {incomplete}")
         shape, model_shape = tuple(contents.tensors[name].shape), tuple(model[name].shape)
         if shape != model_shape:
-            raise UsageError(f"{where}: {name} has shape {shape} and the config's model {model_shape}; {advice}")
+            raise UsageError(f"{where}: {name} has shape {shape} and the config's model {model_shape}; {other}")
         if not contents.tensors[name].isfinite().all():
             raise UsageError(f"{where}: {name} is not finite; use an earlier checkpoint")
     for name in sorted(contents.tensors.keys() - model.keys()):
         if name.startswith(BACKBONE) and ".fc." not in name:
-            raise UsageError(f"{where}: {name} does not exist in the config's model; {advice}")
+            raise UsageError(f"{where}: {name} does not exist in the config's model; {other}")
     return {name: contents.tensors[name] for name in required}
 
 
-def _advise(file: WeightsFile, contents: FileContents) -> str:
-    """Return which file the user should give instead."""
-    if file.full_model:
-        return "give a detector of this config, such as its run's model_final.pth"
-    arch = contents.provenance.get("arch")
-    known = f"these are of a {arch}" if arch else f"convert a checkpoint with {_CONVERT_COMMAND} IN.pth OUT.pkl"
-    return f"give weights of the config's architecture; {known}"
+def _check_network(file: WeightsFile, contents: FileContents, model: Mapping[str, Tensor]) -> str:
+    """Check that a file holds the network that is the model's backbone, and that it is converted. Return the network.
+
+    Raises:
+        UsageError: the file holds another network, or it is not converted.
+    """
+    where = f"{file.flag} {file.path}"
+    required = _describe_network(name for name in model if name.startswith(BACKBONE))
+    network = _describe_network(contents.tensors)
+    if not network:
+        raise UsageError(f"{where}: no ResNet in it; make a file with {_CONVERT_COMMAND} CHECKPOINT OUT.pkl")
+    if network != required:
+        raise UsageError(f"{where}: holds a {network}, and the config is for a {required}; give weights of that")
+    if any(re.search(r"\blayer1\.0\.", name) for name in contents.tensors):
+        output = f"{file.path.stem}.pkl"
+        raise UsageError(
+            f"{where}: not converted; {_CONVERT_COMMAND} {file.path} {output}, then MODEL.WEIGHTS {output}"
+        )
+    return required
+
+
+def _describe_network(names: Iterable[str]) -> str:
+    """Return `ViT` or, for example, `ResNet-50` by the names of a network's tensors; empty for any other network."""
+    text = " ".join(names)
+    if "patch_embed.proj." in text:
+        return "ViT"
+    blocks = set(re.findall(r"\b(?:layer|res)[1-5]\.\d+\.", text))
+    convolutions = 3 if re.search(r"\b(?:layer|res)[1-5]\.\d+\.conv3\.", text) else 2
+    return f"ResNet-{2 + convolutions * len(blocks)}" if blocks else ""
 
 
 def _is_required(name: str, file: WeightsFile, contents: FileContents) -> bool:
