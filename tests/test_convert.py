@@ -34,9 +34,10 @@ from tests.checkpoint_data import (
 from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
 from transfer import convert
-from transfer.encoders import read_encoder
-from transfer.formats import FORMATS, detectron2_name, torchvision_name
+from transfer.encoders import load_encoder, read_encoder
+from transfer.formats import FORMATS, write_converted
 from utils.errors import UsageError
+from utils.resnet_names import detectron2_name, torchvision_name
 
 Captured = pytest.CaptureFixture[str]
 Converted = Callable[[str], Path]
@@ -216,7 +217,8 @@ def test_run_of_this_project_gives_its_teacher_and_its_student(tiny: Callable[..
 
 
 def test_suffix_decides_the_framework_by_default(source: Path, tmp_path: Path) -> None:
-    for suffix, target in ((".pkl", "detectron2"), (".safetensors", "safetensors"), (".pth", "torchvision")):
+    suffixes = {".pkl": "detectron2", ".safetensors": "safetensors", ".pth": "torchvision", ".pt": "torchvision"}
+    for suffix, target in suffixes.items():
         assert read_back(convert_file(source, tmp_path / f"out{suffix}"), target)[1]["format"] == target
 
 
@@ -230,6 +232,56 @@ def test_views_and_shared_tensors_are_written_as_copies(tmp_path: Path) -> None:
         out = convert_file(tmp_path / "in.pth", tmp_path / f"out{SUFFIX[target]}", "--to", target)
         assert_equal(read_back(out, target)[0], weights)
         assert out.stat().st_size < sum(value.nbytes for value in TEACHER.values()) + 2**20
+
+
+# Converted files are checkpoints themselves.
+
+
+@pytest.mark.parametrize("first", FORMATS)
+def test_every_format_is_converted_to_every_other_without_loss(
+    first: str, source: Path, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the files are large
+    encoder = read_encoder(converted(first))
+    for second in FORMATS:
+        write_converted(tmp_path / "out", encoder, second)
+        weights, provenance = read_back(tmp_path / "out", second)
+        assert_equal(weights, TEACHER)
+        assert provenance == read_encoder(source).provenance | {"format": second}
+
+
+def test_command_converts_a_converted_file(converted: Converted, tmp_path: Path, capsys: Captured) -> None:
+    out = convert_file(converted("detectron2"), tmp_path / "out.safetensors", "--verify")
+    assert_equal(read_back(out, "safetensors")[0], TEACHER)
+    assert "120 tensors of the teacher's resnet18 after epoch 800, for safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_converted_file_is_an_encoder_with_the_provenance_of_its_source(
+    target: str, source: Path, converted: Converted
+) -> None:
+    assert_equal(load_encoder(converted(target)).state_dict(), TEACHER)
+    encoder = read_encoder(converted(target), "teacher")
+    assert encoder.provenance == read_encoder(source).provenance | {"format": target}
+    with pytest.raises(UsageError, match="no student in it, its only encoder is the teacher; omit --encoder"):
+        read_encoder(converted(target), "student")
+
+
+def test_detectron2_file_of_another_program_is_read(tmp_path: Path) -> None:
+    """As detectron2 converts torchvision's files: without provenance, with a classifier."""
+    names = {row.torchvision: row.detectron2 for row in resnet_rows(18)}
+    model = {names.get(name, f"stem.{name}"): value.numpy() for name, value in resnet18_weights(1).items()}
+    state = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps(state))
+    weights, provenance = read_back(convert_file(tmp_path / "in.pkl", tmp_path / "out.pth", "--verify"), "torchvision")
+    assert_equal(weights, TEACHER)
+    assert (provenance["source"], provenance["encoder"], provenance["color_order"]) == ("in.pkl", "only", "RGB")
+
+
+def test_torch_file_with_the_suffix_of_detectron2_is_read(tmp_path: Path) -> None:
+    for zip_format in (True, False):
+        torch.save(resnet18_weights(1), tmp_path / "in.pkl", _use_new_zipfile_serialization=zip_format)
+        assert_equal(read_encoder(tmp_path / "in.pkl").weights, TEACHER)
 
 
 # The frameworks load it.
@@ -441,14 +493,6 @@ def test_unreadable_image_is_refused_and_nothing_is_written(
 # Calls that are refused.
 
 
-@pytest.mark.parametrize("target", ["timm", "detectron2", "safetensors"])
-def test_converted_file_is_not_converted_again(
-    target: str, converted: Converted, tmp_path: Path, convert_expecting_usage_error: FailingConvert
-) -> None:
-    line = convert_expecting_usage_error(converted(target), tmp_path / "out.pth")
-    assert f"{converted(target)}: already converted to {target}" in line
-
-
 def test_existing_output_is_replaced_only_on_request(
     source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
@@ -481,12 +525,21 @@ def test_source_is_never_replaced_by_its_own_conversion(
         ("out.pkl", "safetensors", "out.safetensors"),
         ("out.pkl", "mmseg", "out.pth"),
         ("out.safetensors", "timm", "out.pth"),
+        ("out.onnx", "torchvision", "out.pth"),
     ],
 )
 def test_suffix_of_another_framework_is_refused(
     name: str, target: str, better: str, source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
     assert f"name it {better}" in convert_expecting_usage_error(source, tmp_path / name, "--to", target)
+
+
+@pytest.mark.parametrize("name", ["out.onnx", "out", "out.pth.tar"])
+def test_unknown_suffix_is_refused(
+    name: str, source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+) -> None:
+    line = convert_expecting_usage_error(source, tmp_path / name)
+    assert f"OUT {tmp_path / name}: unknown suffix; use one of .pth .pt .pkl .safetensors" in line
 
 
 @pytest.mark.parametrize("target", ["torchvision", "detectron2", "mmseg"])

@@ -16,7 +16,7 @@ from utils.config import make_parser
 from utils.errors import UsageError
 from utils.files import check_writable
 
-_BY_SUFFIX = {".pkl": "detectron2", ".safetensors": "safetensors"}
+_BY_SUFFIX = {".pth": "torchvision", ".pt": "torchvision", ".pkl": "detectron2", ".safetensors": "safetensors"}
 
 
 def main(argv: Sequence[str] | None = None, target: str | None = None) -> None:
@@ -30,15 +30,22 @@ def main(argv: Sequence[str] | None = None, target: str | None = None) -> None:
 
 def _parse_args(argv: Sequence[str] | None, target: str | None) -> argparse.Namespace:
     parser = make_parser("Convert the encoder of a checkpoint for another framework.")
-    parser.add_argument("input", metavar="IN", type=Path, help="any checkpoint: of this project, released, torchvision")
+    parser.add_argument(
+        "input",
+        metavar="IN",
+        type=Path,
+        help="any checkpoint: of this project, released, of torchvision or timm, or a converted file",
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write")
     if target is None:
         parser.add_argument(
             "--to",
             choices=tuple(FORMATS),
             help="target format (default: by the suffix of OUT: detectron2 for .pkl, safetensors for .safetensors, "
-            "otherwise torchvision)",
+            "torchvision for .pth and .pt)",
         )
+    else:
+        parser.set_defaults(to=target)
     parser.add_argument(
         "--encoder",
         choices=("teacher", "student"),
@@ -53,9 +60,7 @@ def _parse_args(argv: Sequence[str] | None, target: str | None) -> argparse.Name
         "compared, unless --overwrite is given",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
-    args = parser.parse_args(argv)
-    args.to = target or args.to or _BY_SUFFIX.get(args.output.suffix, "torchvision")
-    return args
+    return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -64,38 +69,47 @@ def convert(args: argparse.Namespace) -> None:
     Raises:
         UsageError: IN has no complete encoder, OUT cannot be written or exists already, or they differ.
     """
+    target = _choose_format(args)
     image = None if args.verify is None else load_image(Path(args.verify) if args.verify else None)
     writes = image is None or args.overwrite or not os.path.isfile(args.output)
     if writes:
         encoder = read_encoder(args.input, args.encoder)
-        _check_output(args, encoder)
-        write_converted(args.output, encoder, args.to)
+        _check_output(args)
+        write_converted(args.output, encoder, target)
     if image is not None:
         try:
-            comparison = verify(args.input, args.output, args.encoder, image, args.to)
+            comparison = verify(args.input, args.output, args.encoder, image, target)
         except BaseException:
             if writes:
                 args.output.unlink()
             raise
     if writes:
-        print(f"{args.output}: {_describe(encoder)}, for {args.to}")
+        print(f"{args.output}: {_describe(encoder)}, for {target}")
     if image is not None:
         print(f"verified: {comparison}")
 
 
-def _check_output(args: argparse.Namespace, encoder: EncoderWeights) -> None:
-    suffix = {name: suffix for suffix, name in _BY_SUFFIX.items()}.get(args.to)
-    if suffix and args.output.suffix != suffix:
-        name = f"{args.output.stem}{suffix}"
-        raise UsageError(f"OUT {args.output}: {args.to} recognizes its files by their suffix; name it {name}")
-    if not suffix and args.output.suffix in _BY_SUFFIX:
-        raise UsageError(f"OUT {args.output}: not the suffix of a {args.to} file; name it {args.output.stem}.pth")
+def _choose_format(args: argparse.Namespace) -> str:
+    """Return the target format: that of `--to` or of the entry point, else the one that the suffix of OUT says.
+
+    Raises:
+        UsageError: the suffix of OUT is not one of the format, or of no format, or OUT is a folder.
+    """
+    suffix = args.output.suffix
+    if args.output.is_dir():
+        raise UsageError(f"OUT {args.output}: is a folder; name a file")
+    if args.to and suffix not in FORMATS[args.to].suffixes:
+        name = f"{args.output.stem}{FORMATS[args.to].suffixes[0]}"
+        raise UsageError(f"OUT {args.output}: not the suffix of a {args.to} file; name it {name}")
+    if not args.to and suffix not in _BY_SUFFIX:
+        raise UsageError(f"OUT {args.output}: unknown suffix; use one of {' '.join(_BY_SUFFIX)}")
+    return args.to or _BY_SUFFIX[suffix]
+
+
+def _check_output(args: argparse.Namespace) -> None:
     check_writable("OUT", args.output, args.overwrite)
     if args.output.exists() and args.output.samefile(args.input):
-        raise UsageError(f"OUT {args.output}: is IN itself, which holds more than the encoder; use another name")
-    if target := encoder.provenance.get("format"):
-        source = encoder.provenance["source"]
-        raise UsageError(f"IN {args.input}: already converted to {target} from {source}; give that file")
+        raise UsageError(f"OUT {args.output}: is IN itself; use another name")
 
 
 def _describe(encoder: EncoderWeights) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ from utils.errors import UsageError
 PROVENANCE = "provenance"
 """The key of the provenance in a converted file."""
 
-_REQUIRED_PROVENANCE = ("format", "source", "encoder", "source_sha256")
 _DEFAULT_INPUT = {"color_order": "RGB", "mean": list(MEAN), "std": list(STD)}
 
 
@@ -74,13 +73,23 @@ def untrained_encoder(arch: str, seed: int) -> EncoderWeights:
 def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
     """Read an encoder from a checkpoint of this project, a released one, a backbone's, or torchvision's or timm's.
 
+    A file that transfer/convert.py wrote is read as well, in every format; the provenance stays that of its source.
+
     Args:
         which: `teacher` or `student`; None for the teacher where the file has both, else for the only encoder.
 
     Raises:
         UsageError: the file is missing, damaged or holds code; it has no such encoder, or an incomplete one.
     """
-    state = _load(Path(path))
+    return extract_encoder(checkpoint.load(path, "checkpoint"), path, which)
+
+
+def extract_encoder(state: Mapping[str, Any], path: Path | str, which: str | None = None) -> EncoderWeights:
+    """Find the encoder in a loaded checkpoint; see `read_encoder`.
+
+    Args:
+        path: the file that was loaded.
+    """
     extracted = checkpoint.extract_weights(state, f"checkpoint {path}")
     selected, weights = checkpoint.find_encoder(extracted, which or "teacher")
     if not weights:
@@ -88,6 +97,8 @@ def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
             f"{path}: no encoder in it (looked for encoder_k., encoder_q., momentum_encoder., base_encoder., "
             "encoder., backbone. and bare names of ResNets and ViTs)"
         )
+    converted = read_provenance(state)
+    selected = converted.get("encoder", selected) if selected == "only" else selected
     if which and selected != which:
         description = "neither teacher nor student" if selected == "only" else f"the {selected}"
         raise UsageError(f"{path}: no {which} in it, its only encoder is {description}; omit --encoder to use that")
@@ -97,23 +108,17 @@ def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
             raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
     # Copies, because a tensor may be a view of a larger one, or shared.
     weights = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in weights.items()}
-    provenance = read_provenance(state) or checkpoint_metadata(state) | {
-        "arch": arch,
+    provenance = converted or _checkpoint_metadata(state) | {
         "encoder": selected,
         "source": Path(path).name,
-        "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "source_sha256": _hash_file(Path(path)),
     }
-    return EncoderWeights(weights, arch, _DEFAULT_INPUT | provenance)
+    return EncoderWeights(weights, arch, _DEFAULT_INPUT | provenance | {"arch": arch})
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return checkpoint.load(path, "checkpoint")
-    except UsageError:
-        # The names are looked for in the bytes, because the file is a pickle and could hold code.
-        if path.suffix == ".pkl" and path.is_file() and b"stem.conv1" in path.read_bytes():
-            raise UsageError(f"{path}: already converted to detectron2; give the checkpoint it was made from") from None
-        raise
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def infer_arch(weights: Weights, where: str) -> str:
@@ -154,25 +159,35 @@ def read_provenance(state: Mapping[str, Any]) -> dict[str, Any]:
             provenance = json.loads(provenance)
         except (ValueError, RecursionError):
             return {}
-    if not isinstance(provenance, Mapping):
+    if not isinstance(provenance, Mapping) or any(name not in provenance for name in _REQUIRED_PROVENANCE):
         return {}
-    provenance = dict(provenance)
     if "colour_order" in provenance:  # the key's name in files that were converted before it became American
-        provenance["color_order"] = provenance.pop("colour_order")
-    texts = [provenance.get("arch", ""), *(provenance.get(name) for name in _REQUIRED_PROVENANCE)]
-    valid = all(isinstance(text, str) and text.isprintable() for text in texts)
-    valid &= provenance.get("color_order", "RGB") in ("RGB", "BGR")
-    valid &= all(_is_finite_triple(provenance.get(name, MEAN)) for name in ("mean", "std"))
-    return provenance if valid else {}
+        provenance = {**provenance, "color_order": provenance["colour_order"]}
+    known = {name: provenance[name] for name in _PROVENANCE_CHECKS if name in provenance}
+    return known if all(_PROVENANCE_CHECKS[name](value) for name, value in known.items()) else {}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
 
 
 def _is_finite_triple(levels: Any) -> bool:
     """Return whether a value is a list of three finite numbers, one per color channel."""
     numbers = isinstance(levels, (list, tuple)) and all(isinstance(level, (int, float)) for level in levels)
-    return numbers and len(levels) == 3 and all(math.isfinite(level) for level in levels)
+    return numbers and len(levels) == 3 and all(abs(level) < math.inf for level in levels)
 
 
-def checkpoint_metadata(state: Mapping[str, Any]) -> dict[str, Any]:
+_REQUIRED_PROVENANCE = ("format", "source", "encoder", "source_sha256")
+_PROVENANCE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys((*_REQUIRED_PROVENANCE, "arch", "method"), _is_text),
+    "epoch": lambda value: isinstance(value, int) or _is_text(value),
+    "color_order": lambda value: isinstance(value, str) and value in ("RGB", "BGR"),
+    **dict.fromkeys(("mean", "std"), _is_finite_triple),
+}
+"""The keys of a provenance, and whether a value is valid for them."""
+
+
+def _checkpoint_metadata(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the method and the epoch of the run that wrote a checkpoint, as far as it has them."""
     metadata = {"method": checkpoint.checkpoint_args(state).get("method"), "epoch": state.get("epoch")}
-    return {name: value for name, value in metadata.items() if isinstance(value, (str, int))}
+    return {name: value for name, value in metadata.items() if _PROVENANCE_CHECKS[name](value)}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.grouping import Grouping
 from models.heads import Projector
-from transfer.encoders import build_frozen_encoder, read_encoder
+from transfer.encoders import build_frozen_encoder, extract_encoder
 from utils import checkpoint
 from utils.checkpoint import Weights
 from utils.errors import UsageError
@@ -63,17 +63,17 @@ def load_slot_model(path: Path | str, which: str | None = None, output_stride: i
     Raises:
         UsageError: as `read_encoder`, or the file has no prototypes or no projector.
     """
-    encoder = read_encoder(path, which)
+    state = checkpoint.load(path, "checkpoint")
+    encoder = extract_encoder(state, path, which)
     suffix = "q" if encoder.provenance["encoder"] == "student" else "k"
-    weights = checkpoint.load_weights(path, "checkpoint")
+    weights = checkpoint.extract_weights(state, f"checkpoint {path}")
     prefix = f"projector_{suffix}."
     projector_weights = {
         name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)
     }
     prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
     if prototypes is None or not projector_weights:
-        advice = "use a complete checkpoint of slotcon or slotfa, or --clusters of unsupervised_segmentation.py"
-        raise UsageError(f"{path}: no prototypes in it; {advice}")
+        raise UsageError(f"{path}: no prototypes in it; use a complete checkpoint of slotcon or slotfa")
     for name, value in {**projector_weights, "prototypes": prototypes}.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")

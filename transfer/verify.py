@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data.demo import render_scene
 from transfer.encoders import EncoderWeights, build_frozen_encoder, infer_arch, read_encoder, read_provenance
-from transfer.formats import read_detectron2, torchvision_name
 from utils import checkpoint
 from utils.batch import MEAN, STD
 from utils.checkpoint import Weights
@@ -84,11 +83,6 @@ def _check_tensors(
 
 def _read_converted(path: Path) -> tuple[Weights, dict[str, Any]]:
     """Return a converted file's weights, by torchvision's or timm's names, and its provenance."""
-    if path.suffix == ".pkl":
-        state = read_detectron2(path)
-        return {torchvision_name(name): torch.from_numpy(array) for name, array in state["model"].items()}, (
-            read_provenance(state)
-        )
     state = checkpoint.load(path, "converted")
     _, weights = checkpoint.find_encoder(checkpoint.extract_weights(state, str(path)))
     return weights, read_provenance(state)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from utils import safe_pickle
 from utils.errors import UsageError
 from utils.files import atomic_write
+from utils.integrity import DamagedFileError, check_digest
+from utils.resnet_names import torchvision_name
 
 Weights = dict[str, Tensor]
 
@@ -41,33 +44,48 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
     """Return a checkpoint, on the CPU: tensors, numbers and strings in dicts, lists and tuples.
 
     A released file's `argparse.Namespace` becomes a dict; a `.safetensors` file gives its metadata and its tensors in
-    one dict.
+    one dict; the arrays of detectron2's `.pkl` become tensors.
 
     Raises:
-        UsageError: naming `flag`, if the file is missing, truncated, or holds code (none of which runs).
+        UsageError: naming `flag`, if the file is missing, or holds code (none of which runs).
+        DamagedFileError: naming `flag`, if it is truncated, or a checksum in it is wrong.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{flag} {path}: {'is a folder' if Path(path).is_dir() else 'no such file'}")
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'no such file'}")
     if not os.access(path, os.R_OK):
         raise UsageError(f"{flag} {path}: no permission to read it")
+    if path.suffix == ".pkl" and not safe_pickle.is_torch_file(path):
+        return _to_tensors(safe_pickle.load_arrays(path, flag))
+    is_safetensors = path.suffix == ".safetensors"
+    advice = "convert the checkpoint again" if is_safetensors else "use another, such as an earlier epoch's"
     try:
-        state = _load_safetensors(path) if Path(path).suffix == ".safetensors" else safe_pickle.load_torch(path)
+        state = _load_safetensors(path) if is_safetensors else safe_pickle.load_torch(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{flag} {path}: damaged: {error}; {advice}") from None
     except pickle.UnpicklingError:
         raise UsageError(
             f"{flag} {path}: refused, it holds more than tensors and numbers, or is no checkpoint"
         ) from None
     except Exception:  # a damaged file raises errors of many types
-        raise UsageError(
-            f"{flag} {path}: truncated or no checkpoint; use another, such as an earlier epoch's"
-        ) from None
+        raise DamagedFileError(f"{flag} {path}: truncated or no checkpoint; {advice}") from None
     if not isinstance(state, dict):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint")
     return state
 
 
-def _load_safetensors(path: Path | str) -> dict[str, Any]:
+def _load_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="pt") as file:
-        return {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        state = {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    check_digest(state)
+    return state
+
+
+def _to_tensors(content: Any) -> Any:
+    """Replace the arrays in nested dicts by tensors."""
+    if isinstance(content, dict):
+        return {name: _to_tensors(value) for name, value in content.items()}
+    return torch.from_numpy(content) if isinstance(content, np.ndarray) else content
 
 
 def load_weights(path: Path | str, flag: str = "--init") -> Weights:
@@ -108,7 +126,7 @@ def checkpoint_args(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weights]:
-    """Find an encoder in `weights`.
+    """Find an encoder in `weights`; a ResNet with detectron2's names gets torchvision's.
 
     Args:
         prefer: which one to return of a file that has both, `teacher` or `student`.
@@ -117,6 +135,8 @@ def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weight
         Which one it is, `teacher`, `student`, or `only` where the file is a single encoder, and its weights without
         their prefix and without a classifier; both are empty if there is none.
     """
+    if "stem.conv1.weight" in weights:
+        weights = {torchvision_name(name): value for name, value in weights.items()}
     bare = "conv1.weight" in weights or "patch_embed.proj.weight" in weights
     for which in sorted(_ENCODER_PREFIXES, key=lambda name: (name == "only", name != prefer)):
         for prefix in (*_ENCODER_PREFIXES[which], *([""] if which == "only" and bare else [])):

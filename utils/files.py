@@ -31,6 +31,21 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(errno.EIO, getattr(error, "strerror", None) or f"{free:.0f} MiB are free") from None
 
 
+def write_output(flag: str, path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write an output of a command with `atomic_write`.
+
+    Args:
+        flag: the flag or the positional argument that names the output, which begins the message.
+
+    Raises:
+        UsageError: the file cannot be written; an existing `path` is unchanged.
+    """
+    try:
+        atomic_write(path, write)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot be written ({error.strerror}); use another path") from None
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file with `atomic_write`.
 

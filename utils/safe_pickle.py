@@ -20,18 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UsageError
+from utils.integrity import DamagedFileError, check_archive, check_digest, is_archive
 
 
 def load_torch(path: Path | str) -> Any:
     """Return what `torch.save` wrote, on the CPU: tensors, numbers and strings in dicts, lists and tuples.
 
     An `argparse.Namespace`, as in the files that the authors of SlotCon released, becomes a dict. Histories of losses,
-    which mmengine pickles into its checkpoints, are left out.
+    which mmengine pickles into its checkpoints, are left out. The checksums of the file are checked, if it has any:
+    files of PyTorch before 1.6 have none.
 
     Raises:
+        DamagedFileError: a checksum is wrong, or the file is truncated.
         pickle.UnpicklingError: the file holds anything else, or was not written by `torch.save`.
         Exception: of many types, if the file is damaged.
     """
+    if is_archive(path):
+        check_archive(path)
     with _allow_only(_TORCH_GLOBALS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about old pickle protocols
         return _to_plain(torch.load(path, map_location="cpu", weights_only=True), {})
@@ -41,7 +46,8 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
     """Return a pickled dict of NumPy arrays, numbers and strings, as detectron2 keeps weights in a `.pkl`.
 
     Raises:
-        UsageError: naming `flag`, if the file is missing, truncated, or holds anything else.
+        UsageError: naming `flag`, if the file is missing or holds anything else.
+        DamagedFileError: naming `flag`, if it is truncated or does not match its own digest.
     """
     if not path.is_file():
         raise UsageError(f"{flag} {path}: no such file")
@@ -52,10 +58,25 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
     except _RefusedError as error:
         raise UsageError(f"{flag} {path}: refused, it holds more than arrays and numbers ({error})") from None
     except Exception:  # a damaged file raises errors of many types
-        raise UsageError(f"{flag} {path}: truncated or no pickle; convert the checkpoint again") from None
+        raise DamagedFileError(f"{flag} {path}: truncated or no checkpoint; convert the checkpoint again") from None
     if not isinstance(state, dict):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not weights")
+    if not state:
+        raise UsageError(f"{flag} {path}: no weights in it")
+    try:
+        check_digest(state)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{flag} {path}: damaged: {error}; convert the checkpoint again") from None
     return state
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether a file begins as one of `torch.save`, of any version, and not as a pickle of arrays."""
+    with path.open("rb") as file:
+        return file.read(len(_LEGACY_START)) == _LEGACY_START or is_archive(path)
+
+
+_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
 def _check_sizes(file: BinaryIO) -> None:
