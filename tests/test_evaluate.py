@@ -1,11 +1,14 @@
-"""`scripts/evaluate.sh`: fine-tunings, the table of their metrics, and resuming."""
+"""`scripts/evaluate.sh`: fine-tunings, the table of their metrics, estimates of their time, and resuming."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,24 @@ from torchvision.models import resnet18, resnet50
 
 from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
-from transfer import evaluate
+from transfer import evaluate, evaluation_runs
 from transfer.encoders import EncoderWeights
+from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS, TRANSFER
+from transfer.recipe_options import change_schedule, parse_options
+from transfer.training_time import Gflop, Schedule, estimate_seconds, format_duration
 from transfer.verify import verify
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.sh"
 CAPSYS = pytest.CaptureFixture[str]
+NAMES = ("voc12aug", "coco", "voc12aug_imagenet_norm")
+SUCCESS = """
+import pathlib, sys
+folder, value = pathlib.Path(sys.argv[1]), 40 + int(sys.argv[2])
+folder.mkdir(exist_ok=True)
+(folder / "results.json").write_text(
+    '{"metrics": {"mIoU": %d}, "bbox": {"AP": %d}, "segm": {"AP": null}}' % (value, value)
+)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,107 +53,390 @@ def test_checkpoint_becomes_a_table(checkpoint: Path, tmp_path: Path) -> None:
     overrides = ["model.decode_head.channels=16", "default_hooks.checkpoint.interval=2"]
     overrides += ["default_hooks.checkpoint.save_last=False"]  # saving takes seconds
     options = " ".join([*small_run(VOC_CONFIG, 1)[1:], *overrides])
-    argv = ["bash", str(SCRIPT), str(checkpoint), "--gpus", "0", "--only", "voc12aug", "coco", "--out", "out"]
+    argv = ["bash", str(SCRIPT), str(checkpoint), "--device", "cpu", "--only", "voc12aug", "coco", "--out", "out"]
     argv += ["--segmentation-options", options]
     result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "mmseg.pth: features differ by 0" in result.stdout
+    plan = next(line for line in result.stdout.splitlines() if line.startswith("voc12aug"))
+    assert plan.split()[:7] == ["voc12aug", "1", "1", "x", "2", "1", "x"]
 
     miou = json.loads((tmp_path / "out/voc12aug/seed_0/done.json").read_text())["results"]["metrics"]["mIoU"]
     voc, box, mask = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert (voc["values"], voc["mean"], voc["std"], voc["runs"]) == ([miou], miou, None, 1)
+    assert voc["recipe"].startswith("changed: train_dataloader")
     assert (box["values"], box["published"], mask["published"]) == ([], 41.0, 37.0)
-    assert "is not installed" in box["note"] or "does not exist" in box["note"]
-    table = (tmp_path / "out/results.md").read_text()
-    assert table in result.stdout
-    assert "Not the published recipe: `train_dataloader" in table
+    assert box["note"].startswith("skipped: ")
+    assert (tmp_path / "out/results.md").read_text() in result.stdout
+
+
+@dataclass
+class Command:
+    """The command in this process, with a small program in place of each fine-tuning, on a machine with 8 GPUs."""
+
+    folder: Path
+    programs: dict[str, str] = field(default_factory=dict)
+    """Name of a fine-tuning -> Python code to run instead of `SUCCESS`."""
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def argv(self, *flags: str) -> list[str]:
+        only = [] if "--only" in flags else ["--only", *NAMES]
+        return [str(self.folder / "checkpoint.pth"), "--out", str(self.out), *only, *flags]
+
+    def run(self, *flags: str) -> int:
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(self.argv(*flags))
+        return int(stopped.value.code or 0)
+
+    def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
+        rows = json.loads((self.out / "results.json").read_text())["results"]
+        return {(row["task"], row["metric"]): row for row in rows}
+
+    def build_command(self, _: object, run: evaluation_runs.Run, encoder: EncoderWeights) -> list[str]:
+        code = self.programs.get(run.name, SUCCESS)
+        return [sys.executable, "-I", "-S", "-c", code, str(run.folder / "run"), str(run.seed)]
 
 
 @pytest.fixture
-def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command in-process for the two fine-tunings on VOC, with a program in place of each; return the status.
-
-    The program of `voc12aug` fails while the file `fail` exists.
-    """
-    for folder in ("JPEGImages", "SegmentationClassAug"):
-        (tmp_path / "data/VOCdevkit/VOC2012" / folder).mkdir(parents=True)
-    monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "data"))
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """The command, with the data of all fine-tunings linked and an encoder that is named after its file."""
+    result = Command(tmp_path)
+    for name, fine_tuning in FINE_TUNINGS.items():
+        make_required(tmp_path / fine_tuning.task, name)
+    monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "segmentation"))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "detection"))
     monkeypatch.setattr("transfer.finetuning.find_spec", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(evaluate, "read_encoder", read_encoder)
+    monkeypatch.setattr(evaluate, "write_converted", lambda path, *_: path.touch())
     monkeypatch.setattr(evaluate, "verify", lambda *_: "verified")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/mmseg.pth").touch()  # an existing conversion is not repeated
-
-    def build_command(args: object, name: str, seed: int, encoder: EncoderWeights) -> list[str]:
-        folder = tmp_path / f"out/{name}/seed_{seed}/run"
-        script = f"""import pathlib, sys
-if {name == "voc12aug"} and pathlib.Path({str(tmp_path / "fail")!r}).exists():
-    sys.exit("train.py: out of order")
-folder = pathlib.Path({str(folder)!r})
-folder.mkdir()
-(folder / "results.json").write_text('{{"metrics": {{"mIoU": {40 + seed}}}}}')"""
-        return [sys.executable, "-c", script]
-
-    monkeypatch.setattr(evaluate, "build_command", build_command)
-
-    def main(*flags: str) -> int:
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main(
-                [str(checkpoint), "--out", str(tmp_path / "out"), "--only", "voc12aug", "voc12aug_d8", *flags]
-            )
-        return int(stopped.value.code or 0)
-
-    return main
+    monkeypatch.setattr(evaluation_runs, "build_command", result.build_command)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield result
+    signal.signal(signal.SIGTERM, handler)
 
 
-def test_failed_fine_tuning_is_reported_and_repeated_by_the_next_call(
-    run: Callable[..., int], tmp_path: Path, capsys: CAPSYS
-) -> None:
-    (tmp_path / "fail").touch()
-    assert run() == 1
+def read_encoder(path: Path, which: str | None) -> EncoderWeights:
+    return EncoderWeights({}, "resnet50", {"source_sha256": path.name, "encoder": which or "teacher"})
+
+
+def make_required(root: Path, name: str) -> list[Path]:
+    """Make the files and folders that a fine-tuning requires, and return their paths."""
+    paths = [root / path.replace("*", "x") for path in FINE_TUNINGS[name].data.required]
+    for path in paths:
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.touch()
+    return paths
+
+
+def test_later_call_keeps_the_rows_of_earlier_ones(command: Command) -> None:
+    command.programs["coco"] = "raise SystemExit('train_net.py: out of order')"
+    assert command.run("--only", "coco", "voc12aug", "--seeds", "2") == 1
+    before = command.rows()
+    assert command.run("--only", "voc12aug_imagenet_norm") == 0
+    after = command.rows()
+    assert set(after) == {*before, ("voc12aug_imagenet_norm", "mIoU")}
+    assert {key: after[key] for key in before} == before
+    assert before["voc12aug", "mIoU"]["values"] == [40, 41]
+    assert "out of order" in before["coco", "box AP"]["note"]
+
+
+def test_table_shows_more_runs_than_the_call_asked_for(command: Command) -> None:
+    assert command.run("--only", "voc12aug", "--seeds", "3") == 0
+    assert command.run("--only", "voc12aug") == 0
+    row = command.rows()["voc12aug", "mIoU"]
+    assert (row["values"], row["mean"], row["std"], row["runs"], row["note"]) == ([40, 41, 42], 41, 1, 3, "")
+    assert "41.00 ± 1.00" in (command.out / "results.md").read_text()
+
+
+def test_failed_fine_tuning_is_reported_and_repeated_by_the_next_call(command: Command, capsys: CAPSYS) -> None:
+    command.programs["voc12aug"] = "raise SystemExit('train.py: out of order')"
+    assert command.run("--only", "voc12aug", "voc12aug_d8") == 1
+    log = command.out / "voc12aug/seed_0/log.txt"
+    note = f"failed: train.py: out of order, see {log}"
+    assert command.rows()["voc12aug", "mIoU"]["note"] == note
     output = capsys.readouterr().out
+    assert f"[1/2] PASCAL VOC, FCN d6 stride 16, 30k, seed 0: {log}" in output
     assert "failed with exit status 1: train.py: out of order" in output
-    assert f"failed, see {tmp_path}/out/voc12aug/seed_0/log.txt" in output
-    assert "| 40.00        |" in output
-    (tmp_path / "fail").unlink()
-    assert run() == 0
-    output = capsys.readouterr().out
-    assert "voc12aug/seed_0/log.txt" in output
-    assert "voc12aug_d8/seed_0/log.txt" not in output
+    assert f"| {note}" in output
+    del command.programs["voc12aug"]
+    assert command.run("--only", "voc12aug", "voc12aug_d8") == 0
+    assert command.rows()["voc12aug", "mIoU"]["note"] == ""
+    assert not list(command.out.rglob("failed.json"))
+    assert "[1/1] PASCAL VOC, FCN d6 stride 16, 30k, seed 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("print('train.py: no such file'); raise SystemExit('later')", "train.py: no such file"),
+        ("print('first', flush=True); raise SystemExit('the last\\n=====')", "the last"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        (
+            "raise SystemExit('[rank1]: RuntimeError: a|b\\nelastic.ChildFailedError:\\n===')",
+            "[rank1]: RuntimeError: a|b",
+        ),
+        ("raise SystemExit('x' * 999)", "x" * 119 + "…"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("", "no results.json was written"),
+        ("raise SystemExit(1)", "no output"),
+    ],
+)
+def test_reason_of_a_failure_is_one_short_line(code: str, reason: str, command: Command) -> None:
+    command.programs["voc12aug"] = "raise SystemExit('train.py: the failure of an earlier call')"
+    command.run("--only", "voc12aug")
+    command.programs["voc12aug"] = code
+    assert command.run("--only", "voc12aug") == 1
+    note = command.rows()["voc12aug", "mIoU"]["note"]
+    assert note == f"failed: {reason}, see {command.out}/voc12aug/seed_0/log.txt"
+    table = (command.out / "results.md").read_text()
+    assert note.replace("|", r"\|") in table
+
+
+def test_interrupted_call_resumes(command: Command, capsys: CAPSYS) -> None:
+    command.programs["coco"] = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    assert command.run("--only", "voc12aug", "coco") == 130
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err
+    assert [command.rows()[key]["note"] for key in (("voc12aug", "mIoU"), ("coco", "box AP"))] == ["", "not finished"]
+    del command.programs["coco"]
+    assert command.run("--only", "voc12aug", "coco") == 0
+    assert command.rows()["coco", "box AP"]["values"] == [40]
+
+
+def test_metric_that_a_run_does_not_have_is_empty(command: Command) -> None:
+    assert command.run("--only", "coco") == 0
+    row = command.rows()["coco", "mask AP"]
+    assert (row["values"], row["mean"]) == ([], None)
+    assert row["note"] == "no value, because the model has no predictions"
+
+
+@pytest.mark.parametrize("name", FINE_TUNINGS)
+def test_each_missing_path_is_named(name: str, command: Command) -> None:
+    fine_tuning = FINE_TUNINGS[name]
+    root = command.folder / fine_tuning.task
+    assert fine_tuning.why_unavailable("resnet50") == ""
+    for path, required in zip(make_required(root, name), fine_tuning.data.required):
+        path.rename(command.folder / "moved")
+        assert fine_tuning.why_unavailable("resnet50") == f"{root / required} does not exist"
+        (command.folder / "moved").rename(path)
+
+
+def test_partial_data_is_skipped_and_finished_runs_are_kept(command: Command, capsys: CAPSYS) -> None:
+    assert command.run("--only", "voc12aug") == 0
+    masks = command.folder / "segmentation/VOCdevkit/VOC2012/SegmentationClass"
+    masks.rmdir()
+    assert command.run("--only", "voc12aug", "voc12aug_d8", "coco") == 0
+    assert f"skipped voc12aug_d8: {masks} does not exist" in capsys.readouterr().out
+    rows = command.rows()
+    assert rows["voc12aug_d8", "mIoU"]["note"] == f"skipped: {masks} does not exist"
+    assert (rows["voc12aug", "mIoU"]["values"], rows["voc12aug", "mIoU"]["note"]) == ([40], "")
+    assert rows["coco", "box AP"]["values"] == [40]
+
+
+def test_nothing_linked_is_said_in_a_short_line(
+    command: Command, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfer.finetuning.find_spec", lambda name: name == "mmseg" or None)
+    monkeypatch.setenv("SEGMENTATION_DATA", "data")
+    monkeypatch.chdir(command.folder)
+    assert command.run("--only", *DEFAULT_NAMES) == 2
+    output = capsys.readouterr()
+    assert output.err.endswith(
+        "nothing can run: no complete dataset in data; detectron2 is not installed; "
+        'see "Install" and "Link the data" in transfer/README.md\n'
+    )
+    assert "skipped ade20k: data/ade/ADEChallengeData2016/images/training does not exist\n" in output.out
+    assert output.out.count("\n") == len(DEFAULT_NAMES)
+    assert not command.out.exists()
+
+
+@pytest.mark.parametrize("name", FINE_TUNINGS)
+def test_required_paths_and_length_are_those_of_the_config(name: str) -> None:
+    fine_tuning = FINE_TUNINGS[name]
+    read_config = {"detection": read_detection_config, "segmentation": read_segmentation_config}[fine_tuning.task]
+    config = TRANSFER / fine_tuning.task / "configs" / fine_tuning.config.format(method="SlotCon")
+    paths, schedule = read_config(str(config))
+    assert fine_tuning.schedule == schedule
+    assert {path for path in fine_tuning.data.required if "*" not in path} == paths
+
+
+def read_segmentation_config(path: str) -> tuple[set[str], Schedule]:
+    pytest.importorskip("mmseg")
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(path)
+    paths = set()
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        for dataset in loader.dataset.get("datasets", [loader.dataset]):
+            parts = [*dataset.data_prefix.values(), dataset.get("ann_file", "")]
+            paths |= {str(Path(dataset.data_root, part).relative_to("data")) for part in parts if part}
+    length = cfg.train_cfg
+    return paths, Schedule(length.max_iters, cfg.auto_scale_lr.base_batch_size, length.val_interval)
+
+
+def read_detection_config(path: str) -> tuple[set[str], Schedule]:
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.data import MetadataCatalog
+
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    paths = set()
+    for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(dataset).as_dict()
+        keys = ("json_file", "image_root", "image_dir", "gt_dir")
+        files = [Path(metadata[key]) for key in keys if metadata.get(key)]
+        root = next(parent for parent in files[0].parents if parent.name in ("coco", "cityscapes")).parent
+        paths |= {str(file.relative_to(root)) for file in files}
+    solver = cfg.SOLVER
+    return paths, Schedule(solver.MAX_ITER, solver.IMS_PER_BATCH, cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER)
+
+
+def test_table_says_which_recipe_a_row_used(command: Command) -> None:
+    options = ["--detection-options", "--auto-scale SOLVER.MAX_ITER 900"]
+    assert command.run(*options) == 0
+    rows = command.rows()
+    assert rows["voc12aug", "mIoU"]["recipe"] == "released"
+    assert rows["voc12aug_imagenet_norm", "mIoU"]["recipe"] == "ImageNet normalization"
+    assert rows["coco", "box AP"]["recipe"] == "changed: --auto-scale SOLVER.MAX_ITER=900"
+    assert rows["coco", "box AP"]["published"] is None
+    assert "| changed: --auto-scale SOLVER.MAX_ITER=900 |" in (command.out / "results.md").read_text()
+    done = json.loads((command.out / "coco/seed_0/done.json").read_text())
+    assert done["recipe"] == "changed: --auto-scale SOLVER.MAX_ITER=900"
+
+
+def test_row_keeps_the_recipe_with_which_it_was_run(command: Command) -> None:
+    assert command.run("--only", "voc12aug") == 0
+    record = command.out / "voc12aug/seed_0/done.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": "of an earlier version"}))
+    assert command.run("--only", "voc12aug") == 0
+    assert command.rows()["voc12aug", "mIoU"]["recipe"] == "of an earlier version"
+
+
+def test_options_follow_the_recipe_that_is_not_the_released_one(command: Command) -> None:
+    assert command.run("--only", "voc12aug_imagenet_norm", "--segmentation-options", "train_cfg.max_iters=9") == 0
+    recipe = command.rows()["voc12aug_imagenet_norm", "mIoU"]["recipe"]
+    assert recipe == "ImageNet normalization, changed: train_cfg.max_iters=9"
+
+
+def test_recipes_that_are_not_released_run_on_request_only() -> None:
+    assert set(FINE_TUNINGS) - set(DEFAULT_NAMES) == {"voc12aug_imagenet_norm", "cityscapes_imagenet_norm"}
+    for fine_tuning in FINE_TUNINGS.values():
+        config = TRANSFER / fine_tuning.task / "configs" / fine_tuning.config.format(method="SlotFA")
+        assert config.is_file()
+
+
+@pytest.fixture
+def without_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(evaluate, "measure_gflops", lambda: 100.0)
+    lists = command.folder / "segmentation/VOCdevkit/VOC2012/ImageSets/Segmentation"
+    (lists / "val.txt").write_text("image\n" * 1449)
+    return command
+
+
+@pytest.mark.parametrize("flags", [(), ("--gpus", "8")])
+def test_without_gpu_the_runs_are_listed_with_their_time_and_not_started(
+    flags: tuple[str, ...], without_gpu: Command, capsys: CAPSYS
+) -> None:
+    assert without_gpu.run("--only", "voc12aug", "coco", "--seeds", "2", *flags) == 2
+    output = capsys.readouterr()
+    table = [line.split("  ") for line in output.out.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in table]
+    assert ["voc12aug", "2", "30,000 x 16", "6 x 1,449", "about 27 days"] in cells
+    assert ["coco", "2", "90,000 x 16", "1 x 0", "about 532 days"] in cells
+    assert "In total about 558 days" in output.out
+    assert output.err.endswith("no GPU found; add --device cpu to start these runs on the CPU\n")
+    assert not without_gpu.out.exists()
+
+
+def test_device_cpu_starts_the_runs(without_gpu: Command, capsys: CAPSYS) -> None:
+    assert without_gpu.run("--device", "cpu", "--segmentation-options", "train_cfg.max_iters=3") == 0
+    assert "3 x 16" in capsys.readouterr().out
+    assert without_gpu.rows()["voc12aug", "mIoU"]["values"] == [40]
+
+
+def test_finished_evaluation_needs_no_gpu(without_gpu: Command, capsys: CAPSYS) -> None:
+    assert without_gpu.run("--device", "cpu") == 0
+    assert without_gpu.run() == 0
+    assert "iterations x images" not in capsys.readouterr().out.split("written to")[1]
+
+
+def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "measure_gflops", lambda: 100.0)
+    gpus = []
+    monkeypatch.setattr(evaluate, "fine_tune", lambda args, *_: gpus.append(args.gpus) or True)
+    for flags in (["--device", "cpu"], [], ["--gpus", "2"]):
+        command.run("--only", "voc12aug", *flags)
+    assert gpus == [0, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ("detection", "", (90000, 16, 0, 200)),
+        ("detection", "SOLVER.MAX_ITER 900 TEST.EVAL_PERIOD 300 TEST.PRECISE_BN.NUM_ITER 7", (900, 16, 300, 7)),
+        ("detection", "--auto-scale", (720000, 2, 0, 200)),
+        ("detection", "--auto-scale SOLVER.IMS_PER_BATCH 32 SOLVER.MAX_ITER 90", (720, 4, 0, 200)),
+        ("segmentation", "model.decode_head.channels=9", (30000, 16, 5000, 0)),
+        (
+            "segmentation",
+            "train_cfg.max_iters=900 train_cfg.val_interval=450 auto_scale_lr.base_batch_size=2",
+            (900, 2, 450, 0),
+        ),
+    ],
+)
+def test_options_change_the_length(task: str, options: str, expected: tuple[int, ...]) -> None:
+    fine_tuning = FINE_TUNINGS["coco" if task == "detection" else "voc12aug"]
+    assert change_schedule(fine_tuning, parse_options(task, options), processes=1) == Schedule(*expected)
+
+
+def test_time_is_that_of_training_batch_norm_statistics_and_evaluations() -> None:
+    schedule = Schedule(iterations=10, batch_size=4, eval_period=4, precise_bn=5)
+    # 10 x 4 x 30 for training; 3 evaluations (after 4, 8 and 10 iterations) of 5 x 4 x 30 / 3 + 7 x 8 each
+    assert estimate_seconds(schedule, Gflop(30, 8), val_images=7, gflops=2) == (1200 + 3 * (200 + 56)) / 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (29, "less than a minute"),
+        (100, "about a minute"),
+        (120, "about 2 minutes"),
+        (7199, "about 120 minutes"),
+        (7200, "about 2 hours"),
+        (2 * 86400, "about 2 days"),
+        (1234.4 * 86400, "about 1,234 days"),
+    ],
+)
+def test_duration_is_rounded_to_its_largest_unit(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 def test_existing_conversion_is_verified_before_it_is_used(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: CAPSYS
+    checkpoint: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: CAPSYS
 ) -> None:
+    (command.folder / "checkpoint.pth").symlink_to(checkpoint)
     monkeypatch.setattr(evaluate, "verify", verify)
-    assert run() == 2
-    assert f"{tmp_path}/out/mmseg.pth" in capsys.readouterr().err
-    assert not list((tmp_path / "out").rglob("log.txt"))
+    command.out.mkdir()
+    (command.out / "mmseg.pth").touch()
+    assert command.run("--only", "voc12aug") == 2
+    assert f"{command.out}/mmseg.pth" in capsys.readouterr().err
+    assert not list(command.out.rglob("log.txt"))
 
 
-def test_metric_that_a_run_does_not_have_is_empty() -> None:
-    assert evaluate._look_up({"bbox": {"AP": 3.0}}, "bbox.AP") == 3
-    assert [evaluate._look_up(results, "segm.AP") for results in ({"bbox": {"AP": 3.0}}, {"segm": {}}, None)] == [
-        None
-    ] * 3
-
-
-def test_several_seeds_give_mean_and_sample_standard_deviation(run: Callable[..., int], tmp_path: Path) -> None:
-    assert run("--seeds", "3") == 0
-    row = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
-    assert (row["values"], row["mean"], row["std"], row["runs"]) == ([40, 41, 42], 41, 1, 3)
-    assert "41.00 ± 1.00" in (tmp_path / "out/results.md").read_text()
-
-
-def test_folder_of_another_evaluation_is_refused(
-    run: Callable[..., int], checkpoint: Path, tmp_path: Path, capsys: CAPSYS
-) -> None:
-    assert run() == 0
-    argv = [str(checkpoint), "--out", str(tmp_path / "out"), "--only", "voc12aug"]
-    options = [*argv, "--segmentation-options", "train_cfg.max_iters=9"]
+def test_folder_of_another_evaluation_is_refused(command: Command, capsys: CAPSYS) -> None:
+    assert command.run() == 0
+    options = command.argv("--segmentation-options", "train_cfg.max_iters=9")
     error = run_expecting_usage_error(evaluate.main, options, capsys)
     assert "contains the evaluation of --segmentation-options ''" in error
-    torch.save(resnet50().state_dict(), tmp_path / "other.pth")
-    error = run_expecting_usage_error(evaluate.main, [str(tmp_path / "other.pth"), *argv[1:]], capsys)
+    error = run_expecting_usage_error(evaluate.main, ["other.pth", *command.argv()[1:]], capsys)
     assert "contains the evaluation of another checkpoint" in error
 
 
@@ -147,30 +445,47 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
         ["ckpt.pth", "--out", str(tmp_path), "--gpus", "8", "--detection-options=--auto-scale SOLVER.MAX_ITER 9"]
     )
     encoder = EncoderWeights({}, "resnet50", {"method": "slotfa"})
-    command = " ".join(evaluate.build_command(args, "coco", 1, encoder))
+    run = evaluation_runs.Run("coco", 1, tmp_path / "coco/seed_1", Schedule(9), "released")
+    command = " ".join(evaluation_runs.build_command(args, run, encoder))
     assert "train_net.py --config-file" in command
     assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --auto-scale MODEL.WEIGHTS" in command
     assert command.endswith(f"OUTPUT_DIR {tmp_path}/coco/seed_1/run SEED 1 SOLVER.MAX_ITER 9")
-    run = tmp_path / "voc12aug/seed_0/run"
-    run.mkdir(parents=True)
-    (run / "last_checkpoint").touch()
-    command = " ".join(evaluate.build_command(args, "voc12aug", 0, encoder))
-    assert command.endswith(f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run} --seed 0 --resume")
+    run = evaluation_runs.Run("voc12aug", 0, tmp_path / "voc12aug/seed_0", Schedule(9), "released")
+    (run.folder / "run").mkdir(parents=True)
+    (run.folder / "run/last_checkpoint").touch()
+    command = " ".join(evaluation_runs.build_command(args, run, encoder))
+    assert command.endswith(f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run.folder}/run --seed 0 --resume")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--seeds", "0"], "--seeds"),
+        (["--gpus", "9"], "--gpus 9: this machine has 8"),
+        (["--gpus", "8", "--device", "cpu"], "--gpus 8: --device cpu uses no GPU"),
         (["--detection-options=--resume"], "--resume is not supported; only --auto-scale"),
+        (["--detection-options", "SOLVER.MAX_ITER"], "SOLVER.MAX_ITER has no value"),
+        (["--detection-options", "SOLVER.MAX_ITER 1e3"], "SOLVER.MAX_ITER is '1e3', not a whole number"),
+        (["--segmentation-options", "train_cfg.max_iters"], "train_cfg.max_iters is not supported; only KEY=VALUE"),
+        (["--segmentation-options", "a='"], "no closing quotation"),
         (["--only", "voc"], "--only"),
-        ([], "the encoder is resnet18"),
     ],
 )
 def test_usage_error_is_one_line_and_writes_nothing(
-    flags: list[str], message: str, tmp_path: Path, capsys: CAPSYS
+    flags: list[str], message: str, command: Command, capsys: CAPSYS
 ) -> None:
+    assert message in run_expecting_usage_error(evaluate.main, command.argv(*flags), capsys)
+    assert not command.out.exists()
+
+
+def test_missing_gpu_is_reported(without_gpu: Command, capsys: CAPSYS) -> None:
+    error = run_expecting_usage_error(evaluate.main, without_gpu.argv("--device", "cuda"), capsys)
+    assert "--device cuda: no GPU found; use --device cpu" in error
+
+
+def test_encoder_of_another_architecture_is_refused(tmp_path: Path, capsys: CAPSYS) -> None:
     torch.save(resnet18().state_dict(), tmp_path / "checkpoint.pth")
-    argv = [str(tmp_path / "checkpoint.pth"), "--out", str(tmp_path / "out"), *flags]
-    assert message in run_expecting_usage_error(evaluate.main, argv, capsys)
+    argv = [str(tmp_path / "checkpoint.pth"), "--out", str(tmp_path / "out")]
+    error = run_expecting_usage_error(evaluate.main, argv, capsys)
+    assert "nothing can run: the config is for resnet50, and the encoder is resnet18" in error
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import shlex
 import signal
-import statistics
-import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from tabulate import tabulate
@@ -17,17 +15,20 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transfer.encoders import EncoderWeights, read_encoder
-from transfer.finetuning import FINE_TUNINGS, PUBLISHED, TRANSFER
+from transfer.evaluation_runs import CONVERTED, Run, fine_tune, run_folder
+from transfer.evaluation_table import collect_rows, format_table
+from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS, PACKAGES, data_root, is_installed
 from transfer.formats import write_converted
+from transfer.recipe_options import Options, change_schedule, describe_recipe, parse_options
 from transfer.results import write_json
+from transfer.training_time import estimate_seconds, format_duration, measure_gflops
 from transfer.verify import load_image, verify
 from utils import distributed
 from utils.config import at_least, make_parser
 from utils.errors import UsageError
 from utils.files import atomic_write_text, check_writable
 
-_CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
-"""Task -> the format of `transfer.formats`, and the file in --out."""
+_OPTIONS = ("detection_options", "segmentation_options")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +62,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=tuple(FINE_TUNINGS),
         metavar="NAME",
-        help=f"fine-tunings to run (default: all): {', '.join(FINE_TUNINGS)}",
+        help=f"fine-tunings to run (default: {', '.join(DEFAULT_NAMES)}); "
+        f"also {', '.join(name for name in FINE_TUNINGS if name not in DEFAULT_NAMES)}",
     )
     add(
         "--seeds",
@@ -70,7 +72,13 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="number of runs of each fine-tuning, with the seeds 0, 1, ...; the table shows mean and standard "
         "deviation",
     )
-    add("--gpus", type=at_least(0), default=torch.cuda.device_count(), help="number of GPUs, 0 for the CPU")
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: the GPUs; without one, the runs are only listed, with estimates of their time",
+    )
+    add("--gpus", type=at_least(1), help="number of GPUs (default: all)")
     add(
         "--encoder",
         choices=("teacher", "student"),
@@ -89,6 +97,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="overrides for mmsegmentation's --cfg-options, such as 'train_cfg.max_iters=900'",
     )
     args = parser.parse_args(argv)
+    args.names = list(dict.fromkeys(args.only or DEFAULT_NAMES))
     args.out = args.out or Path("output/evaluation") / f"{args.checkpoint.resolve().parent.name}_{args.checkpoint.stem}"
     return args
 
@@ -100,64 +109,136 @@ def evaluate(args: argparse.Namespace) -> bool:
         Whether all fine-tunings that are available on this machine have finished.
 
     Raises:
-        UsageError: the checkpoint or an option cannot be used, or --out contains the evaluation of another.
+        UsageError: the checkpoint, an option or --out cannot be used, nothing can run, or the runs need --device cpu.
     """
-    _check_detection_options(args.detection_options)
+    options = {task: parse_options(task, vars(args)[f"{task}_options"]) for task in PACKAGES}
+    args.gpus = _count_gpus(args)
     encoder = read_encoder(args.checkpoint, args.encoder)
-    unavailable = {name: FINE_TUNINGS[name].why_unavailable(encoder.arch) for name in args.only or FINE_TUNINGS}
-    available = [name for name, reason in unavailable.items() if not reason]
-    if not available:
-        raise UsageError(f"nothing can run here: {'; '.join(sorted(set(unavailable.values())))}")
-    _prepare_folder(args, encoder)
-    _convert(args, encoder, {FINE_TUNINGS[name].task for name in available})
-    runs = [(name, seed) for name in available for seed in range(args.seeds)]
-    failed = []
-    for number, (name, seed) in enumerate(runs, start=1):
-        folder = _run_folder(args, name, seed)
-        if not (folder / "done.json").exists():
-            print(f"[{number}/{len(runs)}] {FINE_TUNINGS[name].title}, seed {seed}: {folder}/log.txt", flush=True)
-            if _fine_tune(args, name, seed, encoder):
-                failed.append((name, seed))
-            _write_tables(args, unavailable, failed, encoder)
-    print(_write_tables(args, unavailable, failed, encoder))
+    _check_folder(args, encoder)
+    runs = _list_unfinished(args, options)
+    skipped = {run.name: run.fine_tuning.why_unavailable(encoder.arch) for run in runs}
+    _report_skipped(args, skipped)
+    runs = [run for run in runs if not skipped[run.name]]
+    if runs and not args.gpus:
+        _print_plan(runs)
+        if args.device != "cpu":
+            raise UsageError("no GPU found; add --device cpu to start these runs on the CPU")
+    _write_record(args, encoder)
+    _convert(args, encoder, {run.fine_tuning.task for run in runs})
+    table = _write_tables(args, skipped, options, encoder)
+    complete = True
+    for number, run in enumerate(runs, start=1):
+        print(f"[{number}/{len(runs)}] {run.fine_tuning.title}, seed {run.seed}: {run.folder}/log.txt", flush=True)
+        complete &= fine_tune(args, run, encoder)
+        table = _write_tables(args, skipped, options, encoder)
+    print(table)
     print(f"written to {args.out}/results.md and results.json")
-    return not failed
+    return complete
 
 
-def _check_detection_options(options: str) -> None:
-    """Check that all flags among the options are supported; others would break or repeat those of `build_command`.
+def _count_gpus(args: argparse.Namespace) -> int:
+    """Return the number of GPUs to use; 0 for the CPU, and also if this machine has none.
 
     Raises:
-        UsageError: one is not.
+        UsageError: there are fewer GPUs than --gpus, or --gpus contradicts --device cpu.
     """
-    for option in shlex.split(options):
-        if option.startswith("--") and option != "--auto-scale":
-            raise UsageError(f"--detection-options: {option} is not supported; only --auto-scale and KEY VALUE pairs")
+    available = torch.cuda.device_count()
+    if args.device == "cpu":
+        if args.gpus:
+            raise UsageError(f"--gpus {args.gpus}: --device cpu uses no GPU; omit one of the two")
+        return 0
+    if args.device == "cuda" and not available:
+        raise UsageError("--device cuda: no GPU found; use --device cpu")
+    if available and args.gpus and args.gpus > available:
+        raise UsageError(f"--gpus {args.gpus}: this machine has {available}")
+    return min(args.gpus or available, available)
 
 
-def _run_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
-    return args.out / name / f"seed_{seed}"
-
-
-def _prepare_folder(args: argparse.Namespace, encoder: EncoderWeights) -> None:
-    """Create --out, and record in `evaluated.json` which encoder and options it belongs to.
+def _check_folder(args: argparse.Namespace, encoder: EncoderWeights) -> None:
+    """Check that --out can be written, and contains no evaluation of another encoder or with other options.
 
     Raises:
-        UsageError: it cannot be written, or belongs to others.
+        UsageError: otherwise.
     """
     check_writable("--out", args.out, overwrite=True, folder=True)
-    record, options = args.out / "evaluated.json", ("detection_options", "segmentation_options")
-    if record.exists():
-        previous = json.loads(record.read_text())
-        conflicts = [
-            f"--{name.replace('_', '-')} '{previous[name]}'" for name in options if previous[name] != vars(args)[name]
-        ]
-        if any(previous["checkpoint"].get(key) != encoder.provenance[key] for key in ("source_sha256", "encoder")):
-            conflicts = ["another checkpoint", *conflicts]
-        if conflicts:
-            raise UsageError(f"--out {args.out}: contains the evaluation of {conflicts[0]}; use another folder")
+    record = args.out / "evaluated.json"
+    if not record.exists():
+        return
+    previous = json.loads(record.read_text())
+    flags = {f"--{name.replace('_', '-')} '{previous[name]}'": previous[name] == vars(args)[name] for name in _OPTIONS}
+    conflicts = [flag for flag, same in flags.items() if not same]
+    if any(previous["checkpoint"].get(key) != encoder.provenance[key] for key in ("source_sha256", "encoder")):
+        conflicts = ["another checkpoint", *conflicts]
+    if conflicts:
+        raise UsageError(f"--out {args.out}: contains the evaluation of {conflicts[0]}; use another folder")
+
+
+def _list_unfinished(args: argparse.Namespace, options: dict[str, Options]) -> list[Run]:
+    """Return the requested runs that have no result yet, in the order in which they start.
+
+    Raises:
+        UsageError: an option that sets the length is not a whole number.
+    """
+    runs = []
+    for name in args.names:
+        fine_tuning = FINE_TUNINGS[name]
+        schedule = change_schedule(fine_tuning, options[fine_tuning.task], processes=max(args.gpus, 1))
+        recipe = describe_recipe(fine_tuning, options[fine_tuning.task])
+        runs += [Run(name, seed, run_folder(args.out, name, seed), schedule, recipe) for seed in range(args.seeds)]
+    return [run for run in runs if not (run.folder / "done.json").exists()]
+
+
+def _report_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> None:
+    """Print why fine-tunings are skipped.
+
+    Args:
+        skipped: name of each fine-tuning with unfinished runs -> why it cannot run; empty if it can.
+
+    Raises:
+        UsageError: none of the requested fine-tunings can run or has a result.
+    """
+    reasons = {name: reason for name, reason in skipped.items() if reason}
+    results = [path for name in args.names for path in (args.out / name).glob("seed_*/done.json")]
+    nothing_to_do = len(reasons) == len(args.names) and not results
+    if nothing_to_do and len(set(reasons.values())) == 1:
+        raise UsageError(f"nothing can run: {reasons[args.names[0]]}")
+    for name, reason in reasons.items():
+        print(f"skipped {name}: {reason}", flush=True)
+    if nothing_to_do:
+        tasks = dict.fromkeys(FINE_TUNINGS[name].task for name in reasons)
+        missing = "; ".join(
+            f"no complete dataset in {data_root(task)}" if is_installed(task) else f"{PACKAGES[task]} is not installed"
+            for task in tasks
+        )
+        raise UsageError(f'nothing can run: {missing}; see "Install" and "Link the data" in transfer/README.md')
+
+
+def _print_plan(runs: list[Run]) -> None:
+    """Print how long each fine-tuning takes on the CPU."""
+    gflops = measure_gflops()
+    rows, total = [], 0.0
+    for name, count in Counter(run.name for run in runs).items():
+        run = next(run for run in runs if run.name == name)
+        val_images = run.fine_tuning.data.count_val_images(data_root(run.fine_tuning.task))
+        seconds = count * estimate_seconds(run.schedule, run.fine_tuning.gflop, val_images, gflops)
+        training = f"{run.schedule.iterations:,} x {run.schedule.batch_size}"
+        evaluation = f"{run.schedule.evaluations} x {val_images:,}"
+        rows.append((name, count, training, evaluation, format_duration(seconds)))
+        total += seconds
+    headers = ("fine-tuning", "runs", "iterations x images", "evaluations x images", "time on this CPU")
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
+    print(
+        f"In total {format_duration(total)}, estimated from the speed of a ResNet-50 here ({gflops:.0f} GFLOP/s) and "
+        "the image sizes of the recipes.",
+        flush=True,
+    )
+
+
+def _write_record(args: argparse.Namespace, encoder: EncoderWeights) -> None:
+    """Create --out, and record in `evaluated.json` which encoder and options it belongs to."""
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"checkpoint": encoder.provenance} | {name: vars(args)[name] for name in options})
+    record = {"checkpoint": encoder.provenance} | {name: vars(args)[name] for name in _OPTIONS}
+    write_json(args.out / "evaluated.json", record)
 
 
 def _convert(args: argparse.Namespace, encoder: EncoderWeights, tasks: set[str]) -> None:
@@ -168,115 +249,25 @@ def _convert(args: argparse.Namespace, encoder: EncoderWeights, tasks: set[str])
     Raises:
         UsageError: a file cannot be written, or its features differ.
     """
-    for target, name in (_CONVERTED[task] for task in sorted(tasks)):
+    for target, name in (CONVERTED[task] for task in sorted(tasks)):
         path = args.out / name
         if not path.exists():
             write_converted(path, encoder, target)
         print(f"{path}: {verify(args.checkpoint, path, args.encoder, load_image(), target)}", flush=True)
 
 
-def _fine_tune(args: argparse.Namespace, name: str, seed: int, encoder: EncoderWeights) -> int:
-    """Start or resume one run in a subprocess, write `done.json` if it succeeds, and return its exit status."""
-    folder = _run_folder(args, name, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = build_command(args, name, seed, encoder)
-    with (folder / "log.txt").open("a") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()  # it stops its own processes; leaving the `with` block waits for it
-            raise
-    if status:
-        print(f"  failed with exit status {status}: {_find_error(folder / 'log.txt')}", flush=True)
-    else:
-        results = json.loads((folder / "run" / "results.json").read_text())
-        write_json(folder / "done.json", {"command": shlex.join(command), "results": results})
-    return status
-
-
-def _find_error(log: Path) -> str:
-    """Return the last usage error of this project's commands in a log, or else its last line."""
-    lines = log.read_text(errors="replace").strip().splitlines() or [""]
-    errors = [line for line in lines if line.startswith(("train.py: ", "train_net.py: "))]
-    return (errors or lines)[-1]
-
-
-def build_command(args: argparse.Namespace, name: str, seed: int, encoder: EncoderWeights) -> list[str]:
-    """Return the published command of a fine-tuning, as a user would type it."""
-    fine_tuning, run = FINE_TUNINGS[name], _run_folder(args, name, seed) / "run"
-    method = "SlotFA" if encoder.provenance.get("method") == "slotfa" else "SlotCon"
-    config = str(TRANSFER / fine_tuning.task / "configs" / fine_tuning.config.format(method=method))
-    weights = str(args.out / _CONVERTED[fine_tuning.task][1])
-    resume = ["--resume"] if (run / "last_checkpoint").exists() else []
-    if fine_tuning.task == "detection":
-        command = [sys.executable, str(TRANSFER / "detection" / "train_net.py"), "--config-file", config]
-        command += ["--num-gpus", str(args.gpus), *resume]
-        options = shlex.split(args.detection_options)
-        flags = [option for option in options if option.startswith("--")]
-        pairs = [option for option in options if not option.startswith("--")]
-        return [*command, *flags, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(run), "SEED", str(seed), *pairs]
-    command = ["bash", str(TRANSFER / "segmentation" / "mim_dist_train.sh"), config, weights, str(args.gpus)]
-    command += ["--work-dir", str(run), "--seed", str(seed), *resume]
-    overrides = shlex.split(args.segmentation_options)
-    return [*command, "--cfg-options", *overrides] if overrides else command
-
-
 def _write_tables(
-    args: argparse.Namespace, unavailable: dict[str, str], failed: list[tuple[str, int]], encoder: EncoderWeights
+    args: argparse.Namespace, skipped: dict[str, str], options: dict[str, Options], encoder: EncoderWeights
 ) -> str:
-    """Write `results.json` and `results.md`, and return the text of the latter."""
-    rows = [row for name, reason in unavailable.items() for row in _collect_rows(args, name, reason, failed)]
+    """Write `results.json` and `results.md` of all runs in --out, and return the text of the latter."""
+    rows = []
+    for name, fine_tuning in FINE_TUNINGS.items():
+        recipe = describe_recipe(fine_tuning, options[fine_tuning.task])
+        rows += collect_rows(args.out, name, args.seeds if name in skipped else 0, skipped.get(name, ""), recipe)
     write_json(args.out / "results.json", {"checkpoint": encoder.provenance, "results": rows})
-    options = " ".join(filter(None, [args.detection_options, args.segmentation_options]))
-    changed = f"\nNot the published recipe: `{options}`\n" if options else ""
-    text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n{changed}\n{format_table(rows)}"
+    text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n\n{format_table(rows)}"
     atomic_write_text(args.out / "results.md", text)
     return text
-
-
-def _collect_rows(
-    args: argparse.Namespace, name: str, reason: str, failed: list[tuple[str, int]]
-) -> list[dict[str, Any]]:
-    """Return a row for each metric: its values by seed, mean and standard deviation, or why there are none.
-
-    Args:
-        reason: why the fine-tuning is unavailable; empty if it is available.
-    """
-    files = [_run_folder(args, name, seed) / "done.json" for seed in range(args.seeds)]
-    results = [json.loads(file.read_text())["results"] for file in files if file.exists()]
-    if not reason and len(results) < args.seeds:
-        logs = [str(_run_folder(args, *run) / "log.txt") for run in failed if run[0] == name]
-        reason = f"failed, see {', '.join(logs)}" if logs else "not finished"
-    fine_tuning = FINE_TUNINGS[name]
-    changed = args.detection_options if fine_tuning.task == "detection" else args.segmentation_options
-    rows = []
-    for metric, keys in fine_tuning.metrics.items():
-        values = [value for result in results if (value := _look_up(result, keys)) is not None]
-        row: dict[str, Any] = {"task": name, "title": fine_tuning.title, "metric": metric, "values": values}
-        row |= {"runs": len(results), "mean": statistics.fmean(values) if values else None}
-        row |= {"std": statistics.stdev(values) if len(values) > 1 else None}
-        note = reason or ("" if values else "no value, because the model has no predictions")
-        rows.append(row | {"published": None if changed else PUBLISHED.get((name, metric)), "note": note})
-    return rows
-
-
-def _look_up(results: Any, keys: str) -> float | None:
-    """Return the value at `keys`, joined by dots, in nested dicts; None if there is none."""
-    for key in keys.split("."):
-        results = results.get(key) if results else None
-    return results
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, with the mean and the sample standard deviation over the seeds."""
-    cells = []
-    for row in rows:
-        mean = "" if row["mean"] is None else f"{row['mean']:.2f}"
-        std = "" if row["std"] is None else f" ± {row['std']:.2f}"
-        published = "" if row["published"] is None else f"{row['published']:.1f}"
-        cells.append((row["title"], row["metric"], mean + std, row["runs"], published, row["note"]))
-    headers = ("fine-tuning", "metric", "mean ± std", "runs", "SlotCon paper, COCO 800 ep.", "note")
-    return tabulate(cells, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
 if __name__ == "__main__":

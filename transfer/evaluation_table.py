@@ -1,0 +1,77 @@
+"""The rows of evaluate.py's table: what the folders of the runs contain."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from transfer.evaluation_runs import run_folder
+from transfer.finetuning import FINE_TUNINGS, PUBLISHED, RELEASED
+
+
+def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) -> list[dict[str, Any]]:
+    """Return a row for each metric of a fine-tuning: its values by seed, their mean, and a note on missing runs.
+
+    Args:
+        seeds: number of runs of this call, with the seeds 0, 1, ...; all runs in the folder count as well.
+        skipped: why this call does not run it; empty if it does.
+        recipe: the recipe of this call, for a fine-tuning without a finished run.
+
+    Returns:
+        The rows; none if there are no runs.
+    """
+    folders = {seed: run_folder(out, name, seed) for seed in sorted({*range(seeds), *_find_seeds(out / name)})}
+    done = [json.loads((path / "done.json").read_text()) for path in folders.values() if (path / "done.json").exists()]
+    note = "; ".join(_describe_missing(folders, seeds, skipped))
+    common = {"task": name, "title": FINE_TUNINGS[name].title}
+    common["recipe"] = "; ".join(dict.fromkeys(run["recipe"] for run in done)) or recipe
+    rows = []
+    for metric, keys in FINE_TUNINGS[name].metrics.items() if folders else ():
+        values = [value for run in done if (value := _look_up(run["results"], keys)) is not None]
+        row: dict[str, Any] = common | {"metric": metric, "values": values, "runs": len(done)}
+        row["mean"] = statistics.fmean(values) if values else None
+        row["std"] = statistics.stdev(values) if len(values) > 1 else None
+        row["published"] = PUBLISHED.get((name, metric)) if row["recipe"] == RELEASED else None
+        row["note"] = note or ("" if values else "no value, because the model has no predictions")
+        rows.append(row)
+    return rows
+
+
+def _find_seeds(folder: Path) -> set[int]:
+    names = (path.name.removeprefix("seed_") for path in folder.glob("seed_*"))
+    return {int(name) for name in names if name.isdecimal()}
+
+
+def _describe_missing(folders: Mapping[int, Path], seeds: int, skipped: str) -> list[str]:
+    """Return why there are runs without a result, as in `collect_rows`."""
+    missing = {seed: path for seed, path in folders.items() if not (path / "done.json").exists()}
+    failures = [path / "failed.json" for path in missing.values() if (path / "failed.json").exists()]
+    notes = [f"failed: {json.loads(path.read_text())['reason']}, see {path.parent / 'log.txt'}" for path in failures]
+    if skipped and any(seed < seeds for seed in missing):
+        notes.append(f"skipped: {skipped}")
+    elif len(failures) < len(missing):
+        notes.append("not finished")
+    return notes
+
+
+def _look_up(results: Any, keys: str) -> float | None:
+    """Return the value at `keys`, joined by dots, in nested dicts; None if there is none."""
+    for key in keys.split("."):
+        results = results.get(key) if results else None
+    return results
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table, with the mean and the sample standard deviation over the seeds."""
+    cells = []
+    for row in rows:
+        mean = "" if row["mean"] is None else f"{row['mean']:.2f}"
+        std = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        published = "" if row["published"] is None else f"{row['published']:.1f}"
+        texts = (row["title"], row["metric"], mean + std, row["runs"], row["recipe"], published, row["note"])
+        cells.append([str(text).replace("|", r"\|") for text in texts])
+    headers = ("fine-tuning", "metric", "mean ± std", "runs", "recipe", "SlotCon paper, COCO 800 ep.", "note")
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True) + "\n"
