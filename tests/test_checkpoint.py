@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from models import build_method
 from tests.checkpoint_data import add_prefix, assert_equal, resnet18_weights, without_classifier
+from transfer.encoders import EncoderWeights
+from transfer.formats import write_converted
 from utils import checkpoint
 from utils.errors import UsageError
 
@@ -107,7 +109,7 @@ def save_file(path: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["gtsa", "only teacher", "encoder.", "torchvision"])
+@pytest.mark.parametrize("kind", ["gtsa", "only teacher", "encoder.", "torchvision", "detectron2"])
 def test_run_starts_from_files_of_all_kinds(kind: str, tiny_args: argparse.Namespace, tmp_path: Path) -> None:
     resnet = resnet18_weights(1)
     teacher, student = without_classifier(resnet), without_classifier(resnet18_weights(2))
@@ -118,8 +120,13 @@ def test_run_starts_from_files_of_all_kinds(kind: str, tiny_args: argparse.Names
         "encoder.": {"state_dict": add_prefix("encoder.", resnet)},
         "torchvision": resnet,
     }
-    method = build_method(tiny_args)
-    copied = checkpoint.initialize_from(method, save_file(tmp_path / "in.pth", states[kind]))
+    method, path = build_method(tiny_args), tmp_path / "in.pth"
+    if kind == "detectron2":
+        path = tmp_path / "in.pkl"
+        write_converted(path, EncoderWeights(teacher, "resnet18", {}), "detectron2")
+    else:
+        save_file(path, states[kind])
+    copied = checkpoint.initialize_from(method, path)
     assert set(copied) == {"encoder_q", "encoder_k"}
     assert_equal(method.encoder_q.state_dict(), student if kind == "gtsa" else teacher)
     assert_equal(method.encoder_k.state_dict(), teacher)

@@ -171,6 +171,7 @@ def test_provenance_is_read_from_dicts_and_json_and_by_its_old_key() -> None:
     assert read_provenance({"provenance": VALID}) == VALID
     assert read_provenance({"provenance": json.dumps(VALID)}) == VALID
     assert read_provenance({"provenance": VALID | {"colour_order": "BGR"}}) == VALID | {"color_order": "BGR"}
+    assert read_provenance({"provenance": VALID | {"unknown": torch.ones(2)}}) == VALID  # which JSON could not hold
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,7 @@ def test_provenance_is_read_from_dicts_and_json_and_by_its_old_key() -> None:
         None, "made by hand", "[" * 100_000, ["a"], 3, {"format": "theirs"}, VALID | {"source": 3},
         VALID | {"source": "a\nb"}, VALID | {"arch": "a\nb"},
         VALID | {"mean": [0.5]}, VALID | {"std": "0.5"}, VALID | {"mean": [1, 2, "3"]}, VALID | {"color_order": "CMY"},
+        VALID | {"mean": [10**400, 0, 0]}, VALID | {"epoch": [3]}, VALID | {"method": 3},
     ],
 )  # fmt: skip
 def test_provenance_of_other_programs_is_ignored(provenance: Any) -> None:

@@ -26,6 +26,13 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert path.read_bytes() == "neu: é".encode()
 
 
+def test_failed_output_is_named_with_its_flag(tmp_path: Path) -> None:
+    files.write_output("--out", tmp_path / "new", lambda file: file.write(b"content"))
+    assert (tmp_path / "new").read_bytes() == b"content"
+    with pytest.raises(UsageError, match=r"^--out .*none/new: cannot be written \(No such file or directory\); use"):
+        files.write_output("--out", tmp_path / "none" / "new", lambda file: file.write(b""))
+
+
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_link_or_copy_replaces_the_link(hard_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:

@@ -59,7 +59,7 @@ def test_torchvision_checkpoint_gives_its_network_and_has_no_slots(tmp_path: Pat
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
     expected = nn.Sequential(*list(resnet.children())[:-2])(batch())
     torch.testing.assert_close(load_encoder(tmp_path / "resnet18.pth")(batch()), expected)
-    with pytest.raises(UsageError, match="no prototypes"):
+    with pytest.raises(UsageError, match=r"no prototypes in it; use a complete checkpoint of slotcon or slotfa$"):
         load_slot_model(tmp_path / "resnet18.pth")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -174,7 +174,7 @@ def _is_text(value: Any) -> bool:
 def _is_finite_triple(levels: Any) -> bool:
     """Return whether a value is a list of three finite numbers, one per color channel."""
     numbers = isinstance(levels, (list, tuple)) and all(isinstance(level, (int, float)) for level in levels)
-    return numbers and len(levels) == 3 and all(abs(level) < math.inf for level in levels)
+    return numbers and len(levels) == 3 and all(abs(level) <= sys.float_info.max for level in levels)
 
 
 _REQUIRED_PROVENANCE = ("format", "source", "encoder", "source_sha256")
