@@ -387,7 +387,7 @@ UNSUITABLE: dict[str, tuple[Callable[[torchvision_models.ResNet, Path], Any], st
     ),
     "other_architecture": (
         lambda *_: convert(torchvision_models.resnet34(), "resnet34"),
-        "holds a ResNet-34, and the config is for a ResNet-18; give weights of that",
+        "holds a ResNet-34, and the config is for a ResNet-18; give weights of a ResNet-18",
     ),
     "other_tensor": (
         lambda network, _: replace(convert(network, "resnet18"), "res2.0.gate.weight", np.zeros(1, np.float32)),
@@ -427,8 +427,19 @@ def test_unconverted_weights_are_refused_with_the_command_that_converts_them(
         )
         with pytest.raises(UsageError, match=advice):
             d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
-        with pytest.raises(UsageError, match=r"is missing; give a detector of this config"):
+        with pytest.raises(UsageError, match="is missing; give a detector of this config"):
             d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=True), model)
+
+
+def test_incomplete_weights_are_not_advised_to_be_converted(
+    resnet18: torchvision_models.ResNet, tmp_path: Path
+) -> None:
+    path = tmp_path / "encoder.pth"
+    torch.save({name: value for name, value in resnet18.state_dict().items() if name != "layer2.0.bn1.bias"}, path)
+    with pytest.raises(UsageError, match=r"MODEL.WEIGHTS.* not a complete resnet18.*layer2.0.bn1.bias is missing"):
+        d2_weights.check_weights(
+            WeightsFile("MODEL.WEIGHTS", path, full_model=False), model_of(convert(resnet18, "resnet18"))
+        )
 
 
 def test_weights_of_another_network_are_refused_also_before_their_conversion(

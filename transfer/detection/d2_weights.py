@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transfer.encoders import read_encoder
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
@@ -157,7 +158,7 @@ def _check_network(file: WeightsFile, contents: FileContents, model: Mapping[str
     """Check that a file holds the network that is the model's backbone, and that it is converted. Return the network.
 
     Raises:
-        UsageError: the file holds another network, or it is not converted.
+        UsageError: the file holds another network, or it is not converted, or it cannot be converted.
     """
     where = f"{file.flag} {file.path}"
     required = _describe_network(name for name in model if name.startswith(BACKBONE))
@@ -165,9 +166,15 @@ def _check_network(file: WeightsFile, contents: FileContents, model: Mapping[str
     if not network:
         raise UsageError(f"{where}: no ResNet in it; make a file with {_CONVERT_COMMAND} CHECKPOINT OUT.pkl")
     if network != required:
-        raise UsageError(f"{where}: holds a {network}, and the config is for a {required}; give weights of that")
+        raise UsageError(
+            f"{where}: holds a {network}, and the config is for a {required}; give weights of a {required}"
+        )
     if any(re.search(r"\blayer1\.0\.", name) for name in contents.tensors):
-        output = f"{file.path.stem}.pkl"
+        try:
+            read_encoder(file.path)
+        except UsageError as error:
+            raise UsageError(f"{file.flag} {str(error).removeprefix('checkpoint ')}") from None
+        output = f"{file.path.stem}{'_d2' if file.path.suffix == '.pkl' else ''}.pkl"
         raise UsageError(
             f"{where}: not converted; {_CONVERT_COMMAND} {file.path} {output}, then MODEL.WEIGHTS {output}"
         )
