@@ -46,6 +46,21 @@ def make_data(root: Path) -> Path:
     return root
 
 
+def make_folder(root: Path, suffixes: tuple[str, ...] = (".jpg", ".png", ".jpg", ".jpg", ".jpg")) -> Path:
+    """Write `{train,val}/images` and `{train,val}/masks` with a scene for each suffix, and one image without a mask.
+
+    The first rows of a mask are void.
+    """
+    for split in ("train", "val"):
+        for number, suffix in enumerate(suffixes):
+            image, labels = render_scene(0, split, number, SIZE + 16, SIZE)
+            labels[:2] = 255
+            save_image(root / split / "images" / f"{number}{suffix}", image)
+            save_image(root / split / "masks" / f"{number}.png", labels)
+    save_image(root / "train" / "images" / "unlabeled.jpg", image)
+    return root
+
+
 def small_run(config: Path, iterations: int) -> list[str]:
     """Return overrides that train a config for a few iterations with two crops of 64 px each."""
     train = "train_dataloader.dataset"

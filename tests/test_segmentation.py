@@ -13,16 +13,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet34
 
+from data import demo
 from tests.checkpoint_data import CodeInPickle
 from tests.helpers import run_expecting_usage_error
-from tests.segmentation_data import CONFIGS, SEGMENTATION, VOC_CONFIG, make_data, small_run
+from tests.segmentation_data import (
+    CONFIGS,
+    FOLDER_CONFIG,
+    SEGMENTATION,
+    SIZE,
+    VOC_CONFIG,
+    make_data,
+    make_folder,
+    save_image,
+    small_run,
+)
 
 pytest.importorskip("mmseg")
 
 from transfer import convert
-from transfer.segmentation import mm_config, test, train
+from transfer.segmentation import folder_config, mm_config, test, train
 from utils.checkpoint import Weights
 
 CAPSYS = pytest.CaptureFixture[str]
@@ -228,6 +239,7 @@ def test_released_normalization_pads_with_zeros_and_void() -> None:
 
 
 def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
+    mm_config.import_and_register_mmseg()
     from mmseg.registry import DATASETS
 
     dataset = DATASETS.build(
@@ -271,19 +283,167 @@ def test_several_gpus_start_torchrun_after_the_checks(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One's own images and masks, and the names of their classes."""
+    root = make_folder(tmp_path_factory.mktemp("folder"))
+    (root / "classes.txt").write_text("# in the order of the masks\n" + "".join(f"{name}\n" for name in demo.CLASSES))
+    return root
+
+
+def folder_command(folder: Path, weights: Path, run: Path, *overrides: str) -> list[str]:
+    """Return the arguments of a run on one's own images with a ResNet-18 in place of the config's ResNet-50."""
+    argv = [str(FOLDER_CONFIG), str(weights), "--work-dir", str(run), "--data-dir", str(folder)]
+    argv += ["--classes", str(folder / "classes.txt"), "--crop-size", "32", "--max-val-images", "2", "--cfg-options"]
+    argv += ["model.backbone.depth=18", "model.decode_head.in_channels=512", "model.auxiliary_head.in_channels=256"]
+    argv += [f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test")]
+    return [*argv, *overrides]
+
+
+def test_folder_of_images_trains_resumes_and_evaluates(
+    folder: Path, pretrained: Path, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    run = tmp_path / "run"
+    train.main(folder_command(folder, pretrained, run, "train_cfg.max_iters=2"))
+    output = capsys.readouterr().out
+    assert "5 training and 5 validation images of 12 classes; 1 images without a mask are left out" in output
+    assert "2 iterations of 4 images, learning rate 0.0025, evaluation every 1 iterations" in output
+    assert list(read_losses(run)) == [1, 2]
+    train.main([*folder_command(folder, pretrained, run, "train_cfg.max_iters=3"), "--resume"])
+    results = json.loads((run / "results.json").read_text())
+    assert results["step"] == 3
+    assert 0 <= results["metrics"]["mIoU"] <= 100
+
+    config = run / FOLDER_CONFIG.name  # as the run wrote it, with its data and its classes
+    test.main([str(config), str(run / "iter_3.pth"), "--work-dir", str(tmp_path / "test")])
+    assert json.loads((tmp_path / "test/test.json").read_text())["metrics"] == results["metrics"]
+    written = (tmp_path / "test" / FOLDER_CONFIG.name).read_text()
+    assert demo.CLASSES[0] in written
+    assert "retrained" not in written
+    assert "init_cfg" not in written
+
+    error = [str(FOLDER_CONFIG), str(run / "iter_3.pth"), "--work-dir", str(tmp_path / "other")]
+    assert "use the config in the run's --work-dir" in run_expecting_usage_error(test.main, error, capsys)
+    argv = [*folder_command(folder, pretrained, run), "--resume", "--classes", "13"]
+    assert "does not fit the config's model" in run_expecting_usage_error(train.main, argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("images", "iterations", "batch_size"),
+    [(1, 600, 1), (3, 1000, 2), (100, 5600, 16), (5000, 39800, 16), (20210, 80000, 16), (10**6, 80000, 16)],
+)
+def test_schedule_follows_the_number_of_images(images: int, iterations: int, batch_size: int) -> None:
+    assert folder_config.default_schedule(images) == (iterations, batch_size)
+
+
+def test_schedule_of_a_folder_follows_its_overrides(folder: Path) -> None:
+    def load(*flags: str) -> Any:
+        argv = [str(FOLDER_CONFIG), "none", "--data-dir", str(folder), "--classes", "12", *flags]
+        return mm_config.load_config(train._parse_args(argv))
+
+    cfg = load()
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (1300, 325, 4)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.0025, 1300)
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 12
+    assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (512, 512)
+    cfg = load("--cfg-options", "train_cfg.max_iters=100", "auto_scale_lr.base_batch_size=8")
+    assert (cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (25, 8)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.005, 100)
+    cfg = load("--crop-size", "48", "--cfg-options", "optim_wrapper.optimizer.lr=0", "train_cfg.val_interval=7")
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.train_cfg.val_interval) == (0, 7)
+    assert cfg.train_dataloader.dataset.pipeline[2].scale == cfg.val_dataloader.dataset.pipeline[1].scale == (192, 48)
+    assert cfg.train_dataloader.dataset.pipeline[3].crop_size == cfg.model.data_preprocessor.size == (48, 48)
+
+
+def rgb_mask(folder: Path) -> None:
+    Image.open(folder / "train/masks/0.png").convert("RGB").save(folder / "train/masks/0.png")
+
+
+def write_mask(folder: Path, value: int, split: str = "train", name: str = "0", width: int = SIZE + 16) -> None:
+    save_image(folder / split / "masks" / f"{name}.png", np.full((SIZE, width), value, dtype=np.uint8))
+
+
+def fill_masks(folder: Path, value: int, split: str) -> None:
+    for mask in (folder / split / "masks").iterdir():
+        write_mask(folder, value, split, mask.stem)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "no such folder"),
+    "no_images": (lambda folder: shutil.rmtree(folder / "val/images"), "no image in val/images has a mask of its name"),
+    "no_masks": (
+        lambda folder: shutil.rmtree(folder / "train/masks"),
+        "no image in train/images has a mask of its name",
+    ),
+    "mask_without_image": (
+        lambda folder: (folder / "train/images/1.png").unlink(),
+        "masks/1.png: has no image of its name",
+    ),
+    "rgb_mask": (rgb_mask, "masks/0.png: has 3 channels"),
+    "class_too_large": (
+        lambda folder: write_mask(folder, 12),
+        "masks/0.png: holds the value 12; 12 classes are 0 to 11",
+    ),
+    "validation_class": (lambda folder: write_mask(folder, 77, "val"), "val/masks/0.png: holds the value 77"),
+    "mask_of_other_size": (lambda folder: write_mask(folder, 0, width=9), "a mask needs the size of its image"),
+    "damaged_image": (lambda folder: truncate(folder / "train/images/0.jpg"), "images/0.jpg: cannot be read"),
+    "damaged_mask": (lambda folder: truncate(folder / "val/masks/2.png"), "cannot be read"),
+    "one_class": (lambda folder: fill_masks(folder, 0, "train"), "train/masks: all pixels are 0 or void"),
+    "only_void": (lambda folder: fill_masks(folder, 255, "val"), "val/masks: all pixels are void"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FOLDERS)
+def test_folder_that_cannot_be_trained_on_is_refused(
+    name: str, folder: Path, pretrained: Path, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    change, message = WRONG_FOLDERS[name]
+    wrong = Path(shutil.copytree(folder, tmp_path / "data"))
+    argv = folder_command(folder, pretrained, tmp_path / "run")
+    argv[argv.index("--data-dir") + 1] = str(wrong)
+    change(wrong)
+    assert message in run_expecting_usage_error(train.main, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_flags_of_a_folder_are_one_line(folder: Path, pretrained: Path, tmp_path: Path, capsys: CAPSYS) -> None:
+    def error(*flags: str, config: Path = FOLDER_CONFIG) -> str:
+        return run_expecting_usage_error(train.main, [str(config), str(pretrained), *flags], capsys)
+
+    data = ("--data-dir", str(folder))
+    assert "names no data; to train, add --data-dir and --classes" in error()
+    assert "give both or neither" in error(*data)
+    assert "neither a number nor a file" in error(*data, "--classes", "twelve")
+    assert "1 classes; there can be 2 to 255" in error(*data, "--classes", "1")
+    (tmp_path / "twice.txt").write_text("cat\ndog\n\ncat\n")
+    assert "has 'cat' more than once" in error(*data, "--classes", str(tmp_path / "twice.txt"))
+    assert "has its own data" in error(*data, "--classes", "12", config=VOC_CONFIG)
+    assert "--crop-size" in error("--crop-size", "64", config=VOC_CONFIG)
+
+
 def resnet18_weights() -> Weights:
     return {name: value for name, value in resnet18().state_dict().items() if not name.startswith("fc.")}
 
 
 UNSUITABLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "of_resnet34": (
+        lambda: resnet34().state_dict(),
+        "is a resnet34, and the config's backbone is ResNet18 (layer1.2.bn1.bias has no place in it)",
+    ),
     "other_architecture": (
         lambda: resnet18_weights() | {"layer5.weight": torch.zeros(1)},
         "is not a complete ResNet18, the config's backbone (layer5.weight has no place in it)",
     ),
     "not_converted": (
         lambda: {"model": {f"module.encoder_k.{name}": value for name, value in resnet18_weights().items()}},
-        "convert_pretrain_to_mm.py",
+        "is a checkpoint that is not converted; convert it with transfer/segmentation/convert_pretrain_to_mm.py",
     ),
+    "of_torchvision": (lambda: resnet18().state_dict(), "is a checkpoint that is not converted"),
+    "in_an_entry_that_mmengine_does_not_read": (lambda: {"model": resnet18_weights()}, "is not converted"),
     "incomplete": (
         lambda: {name: value for name, value in resnet18_weights().items() if name != "layer4.1.bn2.bias"},
         "layer4.1.bn2.bias is missing",
@@ -298,6 +458,24 @@ def test_weights_other_than_the_backbones_are_refused(name: str, tmp_path: Path,
     argv = command(VOC_CONFIG, tmp_path / "weights.pth", tmp_path / "run")
     assert message in run_expecting_usage_error(train.main, argv, capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "target", "message"),
+    [(".pkl", "detectron2", "is a detectron2 file"), (".safetensors", "safetensors", "is a safetensors file")],
+)
+def test_file_for_another_framework_is_refused_with_advice_that_works(
+    suffix: str, target: str, message: str, pretrained: Path, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    path, converted = tmp_path / f"weights{suffix}", tmp_path / "converted.pth"
+    convert.main([str(pretrained), str(path)], target)
+    capsys.readouterr()
+    error = run_expecting_usage_error(train.main, command(VOC_CONFIG, path, tmp_path / "run"), capsys)
+    assert f"{message}; convert it with transfer/segmentation/convert_pretrain_to_mm.py {path} OUT.pth" in error
+    convert.main([str(path), str(converted)], "mmseg")
+    weights = torch.load(converted, weights_only=True)["state_dict"]
+    expected = torch.load(pretrained, weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
 def test_backbone_that_mmseg_did_not_load_stops_the_run_before_its_first_iteration(

@@ -94,18 +94,25 @@ def _set_crop_size(cfg: Any, size: int) -> None:
                 transform.crop_size = (size, size)
 
 
+def default_schedule(num_images: int) -> tuple[int, int]:
+    """Return the number of iterations and the batch size for a number of training images.
+
+    The iterations are ADE20K's times the square root of the ratio of the images, and at most ADE20K's. The batch is 16,
+    or with fewer images than that the largest power of two that they fill.
+    """
+    iterations = 100 * round(_ADE20K_ITERATIONS * math.sqrt(num_images / _ADE20K_IMAGES) / 100)
+    return min(_ADE20K_ITERATIONS, iterations), 2 ** min(4, int(math.log2(num_images)))
+
+
 def set_schedule(cfg: Any) -> None:
     """Set batch, learning rate, length and intervals from the number of training images, where they are None.
-
-    The length is that of ADE20K times the square root of the ratio of the numbers of images.
 
     Raises:
         UsageError: the folder has no labeled images.
     """
-    images = len(_find_pairs(Path(cfg.train_dataloader.dataset.data_root), "train"))
-    iterations = 100 * round(_ADE20K_ITERATIONS * math.sqrt(images / _ADE20K_IMAGES) / 100)
-    _set_missing(cfg.train_cfg, "max_iters", min(_ADE20K_ITERATIONS, iterations))
-    _set_missing(cfg.auto_scale_lr, "base_batch_size", 2 ** min(4, int(math.log2(images))))
+    iterations, batch_size = default_schedule(len(_find_pairs(_root_and_classes(cfg)[0], "train")))
+    _set_missing(cfg.train_cfg, "max_iters", iterations)
+    _set_missing(cfg.auto_scale_lr, "base_batch_size", batch_size)
     optimizer, length = cfg.optim_wrapper.optimizer, cfg.train_cfg.max_iters
     _set_missing(optimizer, "lr", 0.01 * cfg.auto_scale_lr.base_batch_size / 16)
     for schedule in cfg.param_scheduler:

@@ -63,6 +63,9 @@ def make_mmseg_parser(description: str, positional: str, positional_help: str) -
     )
     parser.add_argument("--gpus", type=at_least(0), help="number of GPUs, 0 for the CPU (default: 1 if there is one)")
     parser.add_argument(
+        "--max-val-images", type=at_least(1), metavar="N", help="evaluate only the first N images (default: all)"
+    )
+    parser.add_argument(
         "--cfg-options",
         nargs="+",
         action=ConfigOptions,
@@ -88,6 +91,9 @@ def load_config(args: argparse.Namespace) -> Any:
     cfg = _read_config(args)
     if folder_config.uses_folder(cfg):
         folder_config.set_schedule(cfg)
+    if args.max_val_images:
+        for dataset in _find_datasets([cfg.val_dataloader, cfg.test_dataloader]):
+            dataset.indices = args.max_val_images
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
     check_writable("--work-dir", Path(cfg.work_dir), overwrite=True, folder=True)
     cfg.launcher = "pytorch" if "RANK" in os.environ else "none"

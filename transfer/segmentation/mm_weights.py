@@ -26,19 +26,18 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
     Raises:
         UsageError: the file is missing, damaged, not converted, incomplete or of another architecture.
     """
-    convert = f"convert it with {_CONVERT} {path} OUT.pth"
-    if path.is_file() and path.suffix in _OTHER_FRAMEWORKS:
-        raise UsageError(f"PRETRAINED {path}: is a {_OTHER_FRAMEWORKS[path.suffix]} file; {convert}")
     state = checkpoint.load(path, "PRETRAINED")
     weights = checkpoint.extract_weights(state, f"PRETRAINED {path}")
     expected = _shapes({**cfg.model.backbone, "init_cfg": None})
-    mismatch = checkpoint.first_mismatch(weights, expected)
-    if not mismatch and "model" not in state:  # an entry that mmengine would not find
-        return weights, read_provenance(state)
     encoder = checkpoint.find_encoder(weights)[1] or weights
-    if not checkpoint.first_mismatch(encoder, expected):
-        raise UsageError(f"PRETRAINED {path}: holds the backbone, but is not converted; {convert}")
-    raise UsageError(f"PRETRAINED {path}: {_describe_mismatch(encoder, cfg.model.backbone, expected)}")
+    if mismatch := checkpoint.first_mismatch(encoder, expected):
+        raise UsageError(f"PRETRAINED {path}: {_describe_mismatch(encoder, cfg.model.backbone, mismatch)}")
+    convert = f"convert it with {_CONVERT} {path} OUT.pth"
+    if path.suffix in _OTHER_FRAMEWORKS:
+        raise UsageError(f"PRETRAINED {path}: is a {_OTHER_FRAMEWORKS[path.suffix]} file; {convert}")
+    if "model" in state or checkpoint.first_mismatch(weights, expected):  # mmengine would not find all tensors
+        raise UsageError(f"PRETRAINED {path}: is a checkpoint that is not converted; {convert}")
+    return weights, read_provenance(state)
 
 
 def _shapes(model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
@@ -49,9 +48,9 @@ def _shapes(model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
         return MODELS.build(dict(model)).state_dict()
 
 
-def _describe_mismatch(encoder: Weights, backbone: Any, expected: Mapping[str, torch.Tensor]) -> str:
+def _describe_mismatch(encoder: Weights, backbone: Any, mismatch: str) -> str:
     """Return what is wrong with weights that are not those of the config's backbone, and what to do."""
-    name, mismatch = f"{backbone.type}{backbone.get('depth', '')}", checkpoint.first_mismatch(encoder, expected)
+    name = f"{backbone.type}{backbone.get('depth', '')}"
     try:
         arch = infer_arch(encoder, "")
     except UsageError:

@@ -13,7 +13,7 @@ _base_ = [  # mmengine replaces the list by the merged content of the files
 custom_imports = dict(imports=["transfer.segmentation.folder_dataset"])
 model = dict(decode_head=dict(num_classes=None), auxiliary_head=dict(num_classes=None))
 
-# A mask is for the pixels as they are stored, so both ignore an orientation in the image's EXIF data.
+# A mask has the pixels of its image as they are stored, so an orientation in the image's EXIF data is ignored.
 load_image = dict(type="LoadImageFromFile", color_type="color_ignore_orientation")
 train_dataloader = dict(
     batch_size=4,
