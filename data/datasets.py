@@ -144,12 +144,22 @@ def build_dataset(args: argparse.Namespace, recipes: Sequence[ViewRecipe] | None
             make_demo(root / "demo", args.seed)
         distributed.barrier()
         root = make_demo(root / "demo", args.seed)
-    elif not root.is_dir():
-        raise UsageError(f"--data-dir {root}: no such folder")
+    else:
+        check_folder("--data-dir", root)
     files = sorted(file for folder in FOLDERS[args.dataset] for file in _find_images(root, folder, args.dataset))
     recipes = two_view_recipes(args.image_size, args.min_scale) if recipes is None else recipes
     # Commands that only evaluate have no --decode.
     return MultiViewDataset(root, files, recipes, args.seed, send_encoded=getattr(args, "decode", "cpu") == "gpu")
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Check that the folder of a dataset exists.
+
+    Raises:
+        UsageError: there is no such folder, or it is a file; the message begins with `flag`.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{flag} {folder}: {'is a file; name a folder' if folder.exists() else 'no such folder'}")
 
 
 def _find_images(root: Path, folder: str, dataset: str) -> list[str]:

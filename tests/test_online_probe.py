@@ -66,7 +66,7 @@ class HugeFeatures(nn.Module):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "--probe-freq: needs --probe-dir"), (["--probe-dir", "nowhere"], "--probe-dir nowhere: no pairs of image")],
+    [([], "--probe-freq: needs --probe-dir"), (["--probe-dir", "nowhere"], "--probe-dir nowhere: no such folder")],
 )
 def test_missing_labeled_images_are_a_usage_error(
     flags: list[str], message: str, tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]

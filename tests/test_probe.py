@@ -22,15 +22,24 @@ from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
 from data import demo
+from data.datasets import build_dataset
 from data.demo import render_scene
 from tests.helpers import run_expecting_usage_error
 from tests.probe_data import VOID, make_folder, save_checkpoint, write_image
 from tests.reference import segmentation_scores as reference
 from transfer.encoders import build_frozen_encoder, untrained_encoder
-from transfer.probe import cocostuff, knn_segmentation, labeled_features, linear_segmentation, unsupervised_segmentation
+from transfer.probe import (
+    cocostuff,
+    knn_segmentation,
+    labeled_features,
+    linear_segmentation,
+    segmentation_probe,
+    unsupervised_segmentation,
+)
 from transfer.probe.knn_segmentation import KNNIndex
 from transfer.probe.labeled_features import LAYOUTS, LabeledFeatures, SegmentationDataset, extract_features
 from transfer.probe.linear_segmentation import fit_linear
+from transfer.probe.prediction_figure import draw_predictions
 from transfer.probe.segmentation_probe import ProbeRun, compute_scores, confusion_matrix, dataset_confusion
 from transfer.probe.unsupervised_segmentation import (
     cosine_similarity,
@@ -585,9 +594,16 @@ def test_command_measures_a_checkpoint_and_its_baseline(
     assert content["images"] == {"train": 4, "val": 3}
     assert (content["checkpoint"]["arch"], content["checkpoint"]["encoder"]) == ("resnet18", "teacher")
     assert content["args"]["size"] == 64
+    assert (content["image_size"], content["output_stride"]) == (64, 32)
     table = (out / "results.md").read_text()
-    assert table in capsys.readouterr().out
-    assert table.startswith("Dataset: folder\n\n| encoder")
+    output = capsys.readouterr()
+    assert table in output.out
+    assert output.err == ""  # no progress bar, because it is not a terminal
+    assert table.startswith(
+        f"- Checkpoint: {checkpoint} (teacher, resnet18, slotcon, epoch 3)\n"
+        "- Dataset: folder, 4 training and 3 validation images\n"
+        "- Image size: 64 x 64, output stride 32\n\n| encoder"
+    )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert list(content["results"]) == ["checkpoint", "untrained"]
     for encoder, results in content["results"].items():
@@ -598,13 +614,38 @@ def test_command_measures_a_checkpoint_and_its_baseline(
             assert scores["miou"] == pytest.approx(sum(ious) / len(ious))
             assert [encoder, protocol, f"{scores['miou']:.2f}", f"{scores['accuracy']:.2f}"] in rows
     with Image.open(out / "predictions.png") as image:
-        figure = np.array(image)[:, 110:]
-    assert figure.shape == (4 * 64, 3 * 64, 3)  # image, labels, checkpoint, untrained
+        assert image.height > 3 * 224
+        assert image.width > 4 * 224  # image, labels, checkpoint, untrained
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_figure_gets_the_images_labels_and_predictions(
+    name: str, checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        segmentation_probe, "draw_predictions", lambda *args: calls.append(args) or draw_predictions(*args)
+    )
+    content = run_probe(name, checkpoint, folder, tmp_path, *PROBE_FLAGS[name])
+    ((images, label_maps, _),) = calls
     dataset = SegmentationDataset("folder", folder, "val", 64)
+    assert list(label_maps) == ["labels", "prediction (checkpoint)"]
     for number, (image, labels) in enumerate(dataset[number] for number in range(3)):
-        columns = slice(64 * number, 64 * (number + 1))
-        assert np.array_equal(figure[:64, columns], image.permute(1, 2, 0))
-        assert np.array_equal((figure[64:128, columns] == 0).all(axis=2), labels == VOID)
+        assert np.array_equal(images[number], image.permute(1, 2, 0))
+        assert np.array_equal(label_maps["labels"][number], labels)
+    # The three images are the whole validation set, so that the shown predictions have its accuracy.
+    valid = label_maps["labels"] != VOID
+    accuracy = 100 * (label_maps["labels"] == label_maps["prediction (checkpoint)"])[valid].mean()
+    assert accuracy == pytest.approx(next(iter(content["results"]["checkpoint"].values()))["accuracy"])
+
+
+def test_progress_is_shown_on_a_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run_probe("linear", "random", folder, tmp_path, "--arch", "resnet18", *PROBE_FLAGS["linear"])
+    bars = capsys.readouterr().err
+    assert all(text in bars for text in ("extracting train", "4/4", "extracting val", "3/3", "training", "20/20"))
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -617,6 +658,7 @@ def test_random_encoder_equals_its_baseline_and_uses_the_cache(
     monkeypatch.setattr(labeled_features, "_fill_arrays", lambda *args: pytest.fail("the encoder ran again"))
     second = run_probe(name, "random", folder, tmp_path, *flags)
     assert second["results"]["checkpoint"] == first["results"]["checkpoint"]
+    assert "- Checkpoint: random (untrained, resnet18)\n" in (tmp_path / "results/results.md").read_text()
 
 
 def test_vit_is_measured_with_its_baseline(folder: Path, tmp_path: Path) -> None:
@@ -625,6 +667,10 @@ def test_vit_is_measured_with_its_baseline(folder: Path, tmp_path: Path) -> None
     content = run_probe("knn", tmp_path / "vit.pth", folder, tmp_path, "--baseline", "random")
     assert (content["checkpoint"]["arch"], content["checkpoint"]["encoder"]) == ("vit_tiny_patch16_224", "only")
     assert content["results"].keys() == {"checkpoint", "untrained"}
+    assert content["output_stride"] == 16
+    text = (tmp_path / "results/results.md").read_text()
+    assert f"- Checkpoint: {tmp_path / 'vit.pth'} (vit_tiny_patch16_224)\n" in text
+    assert "- Image size: 64 x 64, output stride 16\n" in text
 
 
 def test_coco_stuff_defaults_to_27_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -702,6 +748,23 @@ def test_invalid_flag_is_named(
     name: str, flags: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert flags[0] in usage_error(name, "random", folder, tmp_path, capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("missing", "no such folder"), ("file", "is a file; name a folder"), ("empty", "no pairs of image and mask")],
+)
+def test_data_dir_without_data_is_named(
+    kind: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    if kind == "file":
+        root.touch()
+    elif kind == "empty":
+        root.mkdir()
+    assert f"--data-dir {root}: {message}" in usage_error("knn", "random", root, tmp_path, capsys)
+    with pytest.raises(UsageError, match=f"--data-dir {root}: {'no images' if kind == 'empty' else message}"):
+        build_dataset(argparse.Namespace(dataset="folder", data_dir=str(root), seed=0), recipes=())
 
 
 def test_checkpoint_without_prototypes_suggests_clusters(

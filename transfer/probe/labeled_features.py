@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import demo
-from data.datasets import SUFFIXES
+from data.datasets import SUFFIXES, check_folder
 from transfer.probe import cocostuff
 from utils import distributed
 from utils.device import loader_workers
@@ -140,8 +140,8 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         flag: the flag that gave `root`, for error messages.
 
     Raises:
-        UsageError: there are no pairs of image and mask; or, at an index, a file cannot be read, a mask differs in
-            size from its image, or it holds a value that is no class.
+        UsageError: `root` is missing, or has no pairs of image and mask; or, at an index, a file cannot be read, a mask
+            differs in size from its image, or it holds a value that is no class.
     """
 
     def __init__(
@@ -154,12 +154,18 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         name_list: Path | None = None,
         flag: str = "--data-dir",
     ):
-        self.size, self.layout = size, LAYOUTS[layout_name]
-        folder = demo.make_demo(root / "demo", seed=0) if layout_name == "demo" else root
+        self.size, self.split, self.layout = size, split, LAYOUTS[layout_name]
+        if layout_name == "demo":
+            folder = demo.make_demo(root / "demo", seed=0)
+        else:
+            check_folder(flag, folder := root)
         pairs = self.layout.pairs(folder, self.layout.splits[split == "val"])
         self.pairs = (_select(pairs, name_list) if name_list else pairs)[:max_images]
         if not self.pairs:
-            raise UsageError(f"{flag} {root}: no pairs of image and mask of {layout_name}'s {split} split")
+            raise UsageError(
+                f"{flag} {root}: no pairs of image and mask of {layout_name}'s {split} split; transfer/probe/README.md "
+                "lists the files of each dataset"
+            )
         for path in (path for pair in self.pairs for path in pair):
             if not path.is_file():
                 raise UsageError(f"{path}: listed in the dataset, but there is no such file")
@@ -354,9 +360,13 @@ def _fill_arrays(
     maps, labels = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("maps", "labels"))
     indices = range(distributed.rank(), len(dataset), distributed.world_size())
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=loader_workers(workers))
-    quiet = not (sys.stderr.isatty() and distributed.is_main_process())
     done = 0
-    with tqdm(total=len(indices), unit="image", desc="features", disable=quiet) as bar, torch.inference_mode():
+    with (
+        tqdm(
+            total=len(indices), unit="image", desc=f"extracting {dataset.split}", disable=not has_progress_bar()
+        ) as bar,
+        torch.inference_mode(),
+    ):
         for images, masks in _unwrap_worker_errors(loader):
             batch = indices[done : done + len(images)]
             maps[batch] = encode_images(network, images, device)
@@ -365,6 +375,11 @@ def _fill_arrays(
             bar.update(len(images))
     maps.flush()
     labels.flush()
+
+
+def has_progress_bar() -> bool:
+    """Return whether this process shows progress: the main process does on a terminal, but not in a log."""
+    return sys.stderr.isatty() and distributed.is_main_process()
 
 
 def _unwrap_worker_errors(loader: Iterable[T]) -> Iterator[T]:

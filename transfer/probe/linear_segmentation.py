@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.encoders import EncoderWeights, build_frozen_encoder
-from transfer.probe.labeled_features import LabeledFeatures
+from transfer.probe.labeled_features import LabeledFeatures, has_progress_bar
 from transfer.probe.segmentation_probe import (
     ProbeResult,
     ProbeRun,
@@ -48,13 +49,22 @@ class LinearClassifier:
 
 
 def fit_linear(
-    features: LabeledFeatures, num_classes: int, steps: int, lr: float, seed: int, device: torch.device
+    features: LabeledFeatures,
+    num_classes: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    device: torch.device,
+    progress: bool = False,
 ) -> LinearClassifier:
     """Train with AdamW and a cosine schedule to zero; the channels are standardized over the training positions.
 
     The target of a position is the fraction of its pixels that each class has. The loss is therefore the cross-entropy
     over all pixels that are not void, of logits that are constant within a position. AdamW's weight decay is PyTorch's
     default, 0.01.
+
+    Args:
+        progress: whether to show a progress bar.
 
     Raises:
         UsageError: all training pixels are void.
@@ -69,7 +79,7 @@ def fit_linear(
     labeled_positions = np.flatnonzero(soft_labels.sum(dim=1).numpy())
     if not len(labeled_positions):
         raise UsageError("the training masks have no labeled pixels")
-    for _ in range(steps):
+    for _ in tqdm(range(steps), unit="step", desc="training", disable=not progress):
         indices = np.sort(rng.choice(labeled_positions, min(_BATCH_POSITIONS, len(labeled_positions)), replace=False))
         logits = F.linear((features.positions(indices).to(device) - mean) * scale, weight, bias)
         target = soft_labels[indices].to(device)
@@ -116,7 +126,9 @@ def probe(probe_run: ProbeRun, encoder: EncoderWeights) -> ProbeResult:
     args, num_classes = probe_run.args, len(probe_run.classes)
     network = build_frozen_encoder(encoder, args.output_stride)
     train, val = probe_run.extract_splits(network, encoder)
-    classifier = fit_linear(train, num_classes, args.steps, args.lr, args.seed, probe_run.device)
+    classifier = fit_linear(
+        train, num_classes, args.steps, args.lr, args.seed, probe_run.device, progress=has_progress_bar()
+    )
     return ProbeResult(
         {"linear probe": compute_scores(dataset_confusion(val, classifier, num_classes))}, val, classifier
     )

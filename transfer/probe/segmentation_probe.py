@@ -10,26 +10,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
 from models import backbones
 from transfer.encoders import EncoderWeights, read_encoder, untrained_encoder
 from transfer.probe.labeled_features import LAYOUTS, VOID, LabeledFeatures, SegmentationDataset, extract_features
+from transfer.probe.prediction_figure import NO_CLASS, draw_predictions
 from transfer.results import write_json
 from utils import config, distributed
 from utils.config import at_least
 from utils.device import choose_device
 from utils.errors import UsageError
 from utils.files import atomic_write, atomic_write_text, check_writable
-from utils.visualization import palette
 
 Predictor = Callable[[Tensor], Tensor]
 """The features of one image (C, h, w) -> a score for each class or cluster (n, h, w)."""
 
 _IMAGES_SHOWN = 8
-_CAPTION_WIDTH = 110
 
 
 # Metrics
@@ -223,7 +222,7 @@ def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
 
 
 def _write_results(probe_run: ProbeRun, encoder: EncoderWeights, results: dict[str, ProbeResult]) -> None:
-    """Print the table of scores; write `results.json`, `results.md` and `predictions.png` to --out."""
+    """Print the run and its scores; write `results.json`, `results.md` and `predictions.png` to --out."""
     args, out = probe_run.args, probe_run.args.out
     rows = [
         (name, protocol, scores.miou, scores.accuracy)
@@ -231,11 +230,15 @@ def _write_results(probe_run: ProbeRun, encoder: EncoderWeights, results: dict[s
         for protocol, scores in result.scores.items()
     ]
     headers = ("encoder", "protocol", "mIoU", "pixel accuracy")
-    table = f"Dataset: {args.dataset}\n\n{tabulate(rows, headers, tablefmt='github', floatfmt='.2f')}"
+    stride = args.size // next(iter(results.values())).features.maps.shape[1]
+    table = tabulate(rows, headers, tablefmt="github", floatfmt=".2f")
+    text = f"{_describe_run(probe_run, encoder, stride)}\n\n{table}"
     content = {
         "checkpoint": encoder.provenance,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "images": {"train": len(probe_run.train), "val": len(probe_run.val)},
+        "image_size": args.size,
+        "output_stride": stride,
         "results": {
             name: {
                 protocol: asdict(scores) | {"iou": dict(zip(probe_run.classes, scores.iou))}
@@ -248,29 +251,36 @@ def _write_results(probe_run: ProbeRun, encoder: EncoderWeights, results: dict[s
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "results.json", content)
-        atomic_write_text(out / "results.md", table + "\n")
+        atomic_write_text(out / "results.md", text + "\n")
         atomic_write(out / "predictions.png", partial(figure.save, format="png"))
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(f"{table}\n\nwritten to {out}: results.json, results.md, predictions.png", flush=True)
+    print(f"{text}\n\nwritten to {out}: results.json, results.md, predictions.png", flush=True)
+
+
+def _describe_run(probe_run: ProbeRun, encoder: EncoderWeights, stride: int) -> str:
+    """List the checkpoint, the dataset and the size of the images, each in a line."""
+    args, provenance = probe_run.args, encoder.provenance
+    facts = [provenance["encoder"]] if provenance["encoder"] != "only" else []
+    facts += [encoder.arch, *([provenance["method"]] if "method" in provenance else [])]
+    facts += [f"epoch {provenance['epoch']}"] if "epoch" in provenance else []
+    return (
+        f"- Checkpoint: {args.checkpoint} ({', '.join(facts)})\n"
+        f"- Dataset: {args.dataset}, {len(probe_run.train):,} training and {len(probe_run.val):,} validation images\n"
+        f"- Image size: {args.size} x {args.size}, output stride {stride}"
+    )
 
 
 def _draw_predictions(probe_run: ProbeRun, results: dict[str, ProbeResult]) -> Image.Image:
-    """Draw the first validation images, their labels and each encoder's predictions, a row each; void is black."""
+    """Draw the first validation images, their labels and each encoder's predictions."""
     count = min(_IMAGES_SHOWN, len(probe_run.val))
-    colors = np.zeros((VOID + 1, 3), dtype=np.uint8)
-    colors[: len(probe_run.classes)] = (palette(len(probe_run.classes)) * 255).byte().numpy()
-    rows = {"image": [probe_run.val[number][0].permute(1, 2, 0).numpy() for number in range(count)]}
+    images = np.stack([probe_run.val[number][0].permute(1, 2, 0).numpy() for number in range(count)])
+    label_maps: dict[str, NDArray[np.integer]] = {}
     for name, result in results.items():
         features = LabeledFeatures(result.features.maps[:count], result.features.labels[:count])
-        rows["labels"] = [colors[labels] for labels in features.labels]
-        classes = np.arange(VOID + 1) if result.cluster_classes is None else result.cluster_classes
-        output_colors = colors[np.where(classes < 0, VOID, classes)]
-        rows[name] = [output_colors[labels] for labels in predicted_label_maps(features, result.predictor)]
-    pixels = np.concatenate([np.concatenate(row, axis=1) for row in rows.values()])
-    figure = Image.new("RGB", (pixels.shape[1] + _CAPTION_WIDTH, pixels.shape[0]), "white")
-    figure.paste(Image.fromarray(pixels), (_CAPTION_WIDTH, 0))
-    draw = ImageDraw.Draw(figure)
-    for number, caption in enumerate(rows):
-        draw.text((8, (number + 0.5) * pixels.shape[0] / len(rows)), caption, "black", font_size=18, anchor="lm")
-    return figure
+        label_maps["labels"] = features.labels
+        outputs = np.stack([*predicted_label_maps(features, result.predictor)])
+        if result.cluster_classes is not None:
+            outputs = np.where(result.cluster_classes < 0, NO_CLASS, result.cluster_classes)[outputs]
+        label_maps[f"prediction ({name})"] = outputs
+    return draw_predictions(images, label_maps, probe_run.classes)

@@ -142,10 +142,13 @@ def _load_slot_model(probe_run: ProbeRun, encoder: EncoderWeights) -> SlotModel:
     args = probe_run.args
     if args.checkpoint == "random":
         raise UsageError("random: has no prototypes; use --clusters for k-means on its features")
-    model = load_slot_model(args.checkpoint, args.encoder, args.output_stride)
-    if encoder.provenance["encoder"] == "untrained":
-        return untrained_slot_model(model, build_frozen_encoder(encoder, args.output_stride), args.seed)
-    return model
+    network = build_frozen_encoder(encoder, args.output_stride)
+    try:
+        model = load_slot_model(args.checkpoint, args.encoder, args.output_stride)
+    except UsageError as error:
+        raise UsageError(f"{error}, or --clusters for k-means on the features of the encoder") from None
+    untrained = encoder.provenance["encoder"] == "untrained"
+    return untrained_slot_model(model, network, args.seed) if untrained else model
 
 
 if __name__ == "__main__":
