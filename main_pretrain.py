@@ -191,7 +191,7 @@ def train_step(
 def add_images(
     run: Run[Method], batch: Batch, dataset: data.datasets.MultiViewDataset, log: RunLog, step: int, count: int = 8
 ) -> None:
-    """Log the first views of a batch, and the slot maps of a few images at twice the size of the views."""
+    """Log the first views of a batch, and slot maps at twice their size of images spread over the dataset."""
     views = [visualization.denormalize(view[:count].cpu()) for view in batch.views]
     log.add_image(step, "views", visualization.view_grid(views))
     images = dataset.center_crops(count, 2 * run.args.image_size) / 255

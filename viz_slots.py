@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from matplotlib.figure import Figure
 
-from data.datasets import FOLDERS, MultiViewDataset, build_dataset
+from data.datasets import FOLDERS, MultiViewDataset, build_dataset, evenly_spaced
 from models.backbones import ARCHITECTURES
 from transfer.encoders import infer_arch
 from transfer.figures.export import SlotExport
@@ -223,12 +223,6 @@ def number_or_default(value: Any, default: float, minimum: float = 1e-6) -> floa
     """Return an argument of a checkpoint if it is a finite number of at least `minimum`, else `default`."""
     is_number = isinstance(value, int | float) and minimum <= value < math.inf
     return value if is_number else default
-
-
-def evenly_spaced(count: int, limit: int | None) -> list[int]:
-    """Return at most `limit` evenly spaced indices below `count`, or all of them."""
-    limit = min(limit or count, count)
-    return [number * count // limit for number in range(limit)]
 
 
 def sample_sorted(candidates: Sequence[int], count: int, seed: int) -> list[int]:

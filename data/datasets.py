@@ -100,8 +100,8 @@ class MultiViewDataset:
         return Sample(**vars(record), unreadable=tuple(unreadable))
 
     def center_crops(self, count: int, size: int) -> Tensor:
-        """Return the central squares of the first `count` images: (count, 3, size, size) uint8."""
-        images = (self._read(number, _read_image, _BLACK)[0] for number in range(min(count, len(self))))
+        """Return the central squares of `count` evenly spaced images: (count, 3, size, size) uint8."""
+        images = (self._read(number, _read_image, _BLACK)[0] for number in evenly_spaced(len(self), count))
         return torch.stack([center_view(image, size) for image in images])
 
     def _read(self, number: int, read: Callable[[Path], _ImageT], black: _ImageT) -> tuple[_ImageT, int, list[str]]:
@@ -126,6 +126,12 @@ def _read_image(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
     return image
+
+
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """Return at most `limit` evenly spaced indices below `count`, or all of them."""
+    limit = min(limit or count, count)
+    return [number * count // limit for number in range(limit)]
 
 
 def build_dataset(args: argparse.Namespace, recipes: Sequence[ViewRecipe] | None = None) -> MultiViewDataset:
