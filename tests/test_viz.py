@@ -1,11 +1,14 @@
 """viz_slots.py: prototype statistics, regions, figures, exported files, and refused calls."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
@@ -25,20 +32,17 @@ from tests.reference import grouping
 from transfer.figures.export import encode_mask
 from transfer.figures.extractor import CenterCrops, ExtractedBatch, FeatureExtractor
 from transfer.figures.layout import IMAGE_SUFFIXES, new_figure, save_figure
+from transfer.figures.maps import compute_slot_maps, draw_maps, place_numbers
+from transfer.figures.neighbors import draw_neighbors
 from transfer.figures.page import collect_data
 from transfer.figures.prototype_stats import NearestImages, PrototypeStats
-from transfer.figures.regions import (
-    assign_pixels,
-    highlight_region,
-    label_position,
-    region_boundaries,
-    region_outline,
-    region_side,
-)
+from transfer.figures.regions import connected_regions, highlight_region, pixels_by_depth, region_outline, region_side
 from transfer.figures.strips import render_strips
+from transfer.figures.tsne import draw_points, draw_tsne, find_clusters, sample_projections
+from transfer.figures.usage import draw_usage
 from transfer.slot_model import load_slot_model
 from utils.files import link_or_copy
-from utils.visualization import normalize
+from utils.visualization import assign_pixels, normalize, palette, slot_grid
 
 K, SIZE = 8, 96
 UNUSED = (5, 7)
@@ -181,14 +185,6 @@ def test_prototype_stats_equal_the_reference() -> None:
 # Regions
 
 
-@pytest.mark.parametrize("side", [3, 20, 35])
-def test_assign_pixels_equals_the_argmax_of_all_upsampled_scores(side: int) -> None:
-    noise = torch.randn(300, 5, 5, generator=torch.Generator().manual_seed(side))
-    for scores in (noise, F.avg_pool2d(noise, 3, 1, 1)):
-        upsampled = F.interpolate(scores[None], (side, side), mode="bilinear", align_corners=False)[0]
-        assert torch.equal(assign_pixels(scores, side), upsampled.argmax(dim=0))
-
-
 @pytest.mark.parametrize(("map_side", "target", "side"), [(3, 100, 99), (14, 98, 98), (14, 5, 14), (6, 100, 102)])
 def test_every_slot_has_a_region_at_the_region_side(map_side: int, target: int, side: int) -> None:
     assert region_side(map_side, target) == side
@@ -209,14 +205,19 @@ def test_region_is_outlined_in_color_and_the_rest_is_gray() -> None:
     assert torch.equal(highlighted[:, ~region].float(), gray[~region].expand(3, -1))
 
 
-def test_boundaries_lie_between_regions_and_labels_inside() -> None:
-    assignment = torch.zeros(40, 40, dtype=torch.int64)
-    assignment[4:36, 4:36] = 3
-    assignment[10:30, 10:] = 0
-    lines = region_boundaries(assignment, 1)
-    assert lines[4, 4:36].all()
-    assert not lines[5:36, 5:10].any()
-    assert assignment[label_position(assignment == 3)] == 3
+def test_connected_regions_are_those_of_at_least_a_size() -> None:
+    assignment = torch.zeros(10, 10, dtype=torch.int64)
+    assignment[1:4, 1:4] = 3
+    assignment[4, 4] = 3  # touches the other region of prototype 3 at a corner only
+    assignment[7:9, 5:9] = 3
+    for min_pixels, sizes in ((1, [82, 9, 8, 1]), (8, [82, 9, 8]), (8.5, [82, 9])):
+        regions = connected_regions(assignment, min_pixels)
+        assert [prototype for prototype, _ in regions] == [0, 3, 3, 3][: len(sizes)]
+        assert [region.sum() for _, region in regions] == sizes
+    _, square = regions[1]
+    pixels = pixels_by_depth(square)
+    assert pixels[0].tolist() == [2, 2]
+    assert sorted(map(tuple, pixels.tolist())) == [(x, y) for x in (1, 2, 3) for y in (1, 2, 3)]
 
 
 # Figures, page and export
@@ -263,6 +264,217 @@ def test_page_data_equal_the_statistics(extractor: FeatureExtractor) -> None:
         for other, cosine in prototype["similar"]:
             assert other != k
             assert cosine == pytest.approx(float(cosines[k, other]), abs=6e-3)
+
+
+Colors = dict[int, tuple[float, ...]]
+
+
+@pytest.fixture(scope="module")
+def stats(extractor: FeatureExtractor) -> PrototypeStats:
+    prototypes: Any = extractor.model.prototypes  # type: ignore[attr-defined]
+    stats = PrototypeStats(prototypes, 0.07, topk=2)
+    for batch in extractor.extract(range(16), "extracting"):
+        stats.update(batch)
+    return stats
+
+
+@pytest.fixture(scope="module")
+def maps(extractor: FeatureExtractor) -> Figure:
+    return draw_maps(extractor, range(6), 60, "details")
+
+
+def colors_of_usage(stats: PrototypeStats) -> Colors:
+    colors = {}
+    for axes in draw_usage(stats, 40, "").axes[1:]:
+        for label, bar in zip(axes.get_xticklabels(), axes.patches, strict=True):
+            colors[int(label.get_text())] = bar.get_facecolor()[:3]
+    return colors
+
+
+def colors_of_neighbors(extractor: FeatureExtractor, stats: PrototypeStats) -> Colors:
+    figure = draw_neighbors(extractor, stats, [7, 0, 3, 1], 0.5, 40, "")
+    panels = [panel for panel in figure.axes if panel.patches]
+    return {
+        int(panel.get_title(loc="left").split()[1]): panel.patches[0].get_facecolor()[:3]  # such as `prototype 7 · ...`
+        for panel in panels
+    }
+
+
+def colors_of_tsne(prototypes: np.ndarray, axes: Axes) -> Colors:
+    """Read the colors of the points, whose prototypes are known, the labels and the legend; they have to agree."""
+    points = {number: color[:3] for number, color in zip(prototypes, axes.collections[0].get_facecolor())}
+    labels = {int(text.get_text()): text.get_bbox_patch().get_facecolor()[:3] for text in axes.texts}
+    legend = axes.get_legend()
+    in_legend = {
+        int(text.get_text().split(":")[0]): to_rgb(mark.get_color())
+        for text, mark in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    assert points.keys() == in_legend.keys() >= labels.keys()
+    for number, color in (*labels.items(), *in_legend.items()):
+        assert color == pytest.approx(points[number], abs=1e-6)
+    return points
+
+
+def test_prototype_has_the_same_color_in_all_figures(extractor: FeatureExtractor, stats: PrototypeStats) -> None:
+    """Expect the colors of the palette, in figures of other images and other prototypes."""
+    expected = palette(K)
+    _, prototypes = sample_projections(extractor, range(4), 36, seed=0)
+    tsne = draw_tsne(extractor, range(4), 36, 0, 40, "")
+    with Image.open(BytesIO(encode_mask(torch.arange(K)[None], K))) as mask:
+        exported = np.array(mask.convert("RGB"))[0] / 255
+    for colors in (
+        colors_of_usage(stats),
+        colors_of_neighbors(extractor, stats),
+        colors_of_tsne(prototypes, tsne.axes[0]),
+        dict(enumerate(exported)),
+    ):
+        assert len(colors) >= 4
+        for number, color in colors.items():
+            assert color == pytest.approx(expected[number].tolist(), abs=1 / 255)
+
+
+def test_slot_maps_have_the_colors_of_their_prototypes(maps: Figure, extractor: FeatureExtractor) -> None:
+    """Compare without the gray of the photograph, which adds the same to red, green and blue."""
+    expected = 0.7 * 255 * (palette(K) - palette(K).mean(dim=1, keepdim=True))
+    pixels: list[tuple[int, np.ndarray]] = []
+    for panel in maps.axes[:6]:
+        column = panel.images[0].get_array()
+        for number, (x, y) in numbers_in_regions(panel):
+            pixels.append((number, column[round(y), round(x)]))
+    batch = next(extractor.extract(range(6), "extracting"))
+    grid = slot_grid(batch.images / 255, batch.scores)
+    for column, scores in enumerate(batch.scores):
+        drawn = grid[:, SIZE + 8 :, 4 + (SIZE + 4) * column :]
+        assignment = assign_pixels(scores, SIZE)
+        for number, region in connected_regions(assignment, SIZE):
+            x, y = pixels_by_depth(region)[0]
+            pixels.append((number, drawn[:, y, x].numpy()))
+    assert len({number for number, _ in pixels}) >= 4
+    for number, pixel in pixels:
+        np.testing.assert_allclose(pixel - pixel.mean(), expected[number], atol=2)  # rounded twice
+
+
+def numbers_in_regions(panel: Axes) -> list[tuple[int, tuple[float, float]]]:
+    """Return the numbers in a panel of the figure `maps` and their positions, without the caption."""
+    texts = [text for text in panel.texts if text.get_text().isdigit()]
+    return [(int(text.get_text()), text.get_position()) for text in texts]
+
+
+def flood(assignment: np.ndarray, start: tuple[int, int]) -> set[tuple[int, int]]:
+    """Return the pixels (row, column) of the connected region of `start`."""
+    region, border = {start}, [start]
+    while border:
+        row, column = border.pop()
+        for pixel in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+            inside = 0 <= pixel[0] < len(assignment) and 0 <= pixel[1] < len(assignment)
+            if inside and pixel not in region and assignment[pixel] == assignment[start]:
+                region.add(pixel)
+                border.append(pixel)
+    return region
+
+
+def test_every_region_above_the_stated_size_has_its_number_inside(maps: Figure, extractor: FeatureExtractor) -> None:
+    assert "regions of at least 1% of an image are numbered" in maps.get_supxlabel().replace("\n", " ")
+    num_regions = 0
+    for panel, slot_map in zip(maps.axes, compute_slot_maps(extractor, range(6), round(1.7 * 60))):
+        assignment = slot_map.assignment.numpy()
+        side = len(assignment)
+        top = panel.images[0].get_array().shape[0] - side
+        numbers = {(round(y) - top, round(x)): number for number, (x, y) in numbers_in_regions(panel)}
+        unseen = {(row, column) for row in range(side) for column in range(side)}
+        while unseen:
+            region = flood(assignment, next(iter(unseen)))
+            unseen -= region
+            inside = [number for pixel, number in numbers.items() if pixel in region]
+            is_large = len(region) >= 0.01 * side**2
+            assert inside == ([assignment[next(iter(region))]] if is_large else [])
+            num_regions += is_large
+    assert num_regions >= 12
+
+
+def overlaps(boxes: Sequence[Bbox]) -> int:
+    """Return how many pairs of boxes overlap."""
+    return sum(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_numbers_in_maps_do_not_overlap() -> None:
+    # Stripes that are narrower than their numbers, so that numbers side by side would overlap.
+    assignment = (1000 + torch.arange(100) // 4).expand(100, 100)
+    numbers = place_numbers(assignment)
+    assert sorted(number for number, _ in numbers) == list(range(1000, 1025))
+    points_per_pixel = 1.7 * 72 / 100
+    width, height = 6.5 * 0.7 * 4 / points_per_pixel, 6.5 * 0.73 / points_per_pixel
+    boxes = [Bbox.from_bounds(x - width / 2, y - height / 2, width, height) for _, (x, y) in numbers]
+    assert overlaps(boxes) == 0
+    assert [number for number, _ in place_numbers(assignment, [1002, 7])] == [1002]
+
+
+def test_labels_of_the_tsne_lie_on_their_points_and_do_not_overlap() -> None:
+    rng = np.random.default_rng(0)
+    prototypes = np.minimum(rng.geometric(0.05, 2000), 60) + 100
+    points = rng.normal(size=(60, 2))[prototypes - 101] + rng.normal(scale=0.3, size=(2000, 2))
+    figure = draw_points(points, prototypes, 50, "details")
+    axes = figure.axes[0]
+    labels = {int(text.get_text()): text for text in axes.texts}
+    most_frequent = np.argsort(-np.bincount(prototypes), kind="stable")[:40]
+    assert set(most_frequent[:20]) <= labels.keys() <= set(most_frequent)
+    for number, text in labels.items():
+        assert (points[prototypes == number] == text.get_position()).all(axis=1).any()
+    figure.draw_without_rendering()
+    assert overlaps([text.get_bbox_patch().get_window_extent() for text in axes.texts]) == 0
+    legend = [text.get_text().rstrip("%").split(": ") for text in axes.get_legend().get_texts()]
+    assert [int(number) for number, _ in legend] == most_frequent.tolist()
+    for number, share in legend:
+        assert float(share) == pytest.approx(100 * (prototypes == int(number)).mean(), abs=0.051)
+
+
+def test_label_of_a_prototype_with_two_clusters_lies_in_the_larger_one() -> None:
+    rng = np.random.default_rng(0)
+    small, large, others = rng.normal(0, 1, (30, 2)), rng.normal(40, 1, (60, 2)), rng.uniform(0, 40, (50, 2))
+    points, prototypes = np.concatenate([small, large, others]), np.repeat([5, 3], [90, 50])
+    clusters = find_clusters(points, prototypes)
+    assert [cluster.prototype for cluster in clusters] == [5, 3]
+    np.testing.assert_allclose(clusters[0].points[0], 40, atol=1.5)
+    assert sorted(clusters[0].points.tolist()) == sorted(points[:90].tolist())
+
+
+def is_round(step: float) -> bool:
+    """Return whether a number is 1, 2 or 5 times a power of ten."""
+    return f"{step:.6e}"[:8] in ("1.000000", "2.000000", "5.000000")
+
+
+@pytest.mark.parametrize(("num_images", "num_prototypes"), [(1, 2), (7, 3), (37, 30), (264, 49), (1000, 300), (5, 600)])
+def test_ticks_of_usage_are_round_numbers(num_images: int, num_prototypes: int) -> None:
+    stats = PrototypeStats(torch.eye(num_prototypes), 0.07, topk=1)
+    rng = np.random.default_rng(num_images)
+    stats.num_images = num_images
+    stats.image_counts = torch.from_numpy(rng.integers(1, num_images + 1, num_prototypes))
+    stats.area = torch.from_numpy(num_images * rng.dirichlet(np.ones(num_prototypes)))
+    stats.slots_histogram = torch.from_numpy(rng.multinomial(num_images, rng.dirichlet(np.ones(num_prototypes + 1))))
+    figure = draw_usage(stats, 40, "details")
+    figure.draw_without_rendering()
+    slots, *shares = figure.axes
+    axis_list = [slots.xaxis, slots.yaxis, *(axes.yaxis for axes in shares)]
+    if num_prototypes > 48:  # the ranks of the prototypes instead of their numbers
+        axis_list += [axes.xaxis for axes in shares]
+    for axis in axis_list:
+        ticks = axis.get_majorticklocs()
+        assert 2 <= len(ticks) <= 15
+        assert is_round(ticks[1] - ticks[0])
+        np.testing.assert_allclose(ticks / (ticks[1] - ticks[0]), np.round(ticks / (ticks[1] - ticks[0])), atol=1e-6)
+    for axis in (slots.xaxis, slots.yaxis):
+        assert all(float(tick).is_integer() for tick in axis.get_majorticklocs())
+    for axes in shares:
+        ticks = axes.yaxis.get_majorticklocs()
+        assert [label.get_text() for label in axes.get_yticklabels()] == [f"{tick:g}%" for tick in ticks]
+
+
+def test_details_are_as_wide_as_their_figure() -> None:
+    details = "run/current.pth · 1 image of COCO, 192 px\nregions of at least 1% of an image are numbered"
+    for width, num_lines in ((1.8, 4), (20, 2)):
+        lines = new_figure((width, 2), 40, "title", details).get_supxlabel().splitlines()
+        assert len(lines) == num_lines
+        assert " ".join(lines) == details.replace("\n", " ")
 
 
 @pytest.mark.parametrize("figure", viz_slots.FIGURES)

@@ -1,6 +1,7 @@
-"""Images for inspection: augmented views, and slot maps."""
+"""Images for inspection: augmented views, and slot maps in which each prototype has its own color."""
 
-import colorsys
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,16 +14,69 @@ from utils.batch import MEAN, STD
 from utils.files import atomic_write
 
 _MEAN, _STD = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+# Björn Ottosson, "A perceptual color space for image processing", 2020.
+_SRGB_TO_CONES = torch.tensor(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ],
+    dtype=torch.float64,
+)
+_CONES_TO_OKLAB = torch.tensor(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ],
+    dtype=torch.float64,
+)
+_LIGHTNESS, _CHROMA = (480, 840), (120, 220)
+"""Ranges of the palette in thousandths of Oklab: no color is close to black, white or gray."""
+_MAX_COLORS = 2048
 _OPACITY = 0.7
-"""Opacity of the colors of a slot map over the gray image."""
+"""Opacity of the colors of a slot map over the photograph."""
 
 
 def palette(count: int) -> Tensor:
-    """Return distinct colors (count, 3) in 0..1: hues by the golden ratio, alternating three lightnesses."""
-    colors = [
-        colorsys.hls_to_rgb(number * 0.618034 % 1, (0.55, 0.42, 0.7)[number % 3], 0.75) for number in range(count)
-    ]
-    return torch.tensor(colors)
+    """Return distinct colors (count, 3) in 0..1; the color of a number does not depend on `count`.
+
+    Colors repeat after 2048 numbers.
+    """
+    colors = _distinct_colors(min(1 << max(count - 1, 0).bit_length(), _MAX_COLORS))
+    return colors[torch.arange(count) % len(colors)]
+
+
+@cache
+def _distinct_colors(count: int) -> Tensor:
+    """Choose `count` colors, each as far as possible from those before it.
+
+    Coordinates and squared distances are whole numbers, so that rounding cannot change the choice.
+    """
+    levels = torch.linspace(0, 1, 28, dtype=torch.float64)
+    candidates = torch.cartesian_prod(levels, levels, levels)
+    points = (1000 * srgb_to_oklab(candidates)).round().float()
+    lightness, squared_chroma = points[:, 0], (points[:, 1:] ** 2).sum(dim=1)
+    inside = (lightness >= _LIGHTNESS[0]) & (lightness <= _LIGHTNESS[1])
+    inside &= (squared_chroma >= _CHROMA[0] ** 2) & (squared_chroma <= _CHROMA[1] ** 2)
+    candidates, points = candidates[inside].float(), points[inside]
+    chosen = [0]
+    distances = ((points - points[0]) ** 2).sum(dim=1)
+    while len(chosen) < count:
+        chosen.append(int(distances.argmax()))
+        distances = distances.minimum(((points - points[chosen[-1]]) ** 2).sum(dim=1))
+    return candidates[chosen]
+
+
+def srgb_to_oklab(colors: Tensor) -> Tensor:
+    """Convert sRGB colors (..., 3) in 0..1 to Oklab, in which distances are close to perceived differences.
+
+    Returns:
+        (..., 3): lightness in 0..1, green to red, blue to yellow.
+    """
+    linear = torch.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    cones = (linear @ _SRGB_TO_CONES.T.to(colors)) ** (1 / 3)
+    return cones @ _CONES_TO_OKLAB.T.to(colors)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -62,17 +116,75 @@ def slot_grid(images: Tensor, scores: Tensor) -> Tensor:
     Returns:
         (3, H, W) uint8.
     """
-    side = images.shape[2]
-    assignment = torch.stack([_upsample(score, side // 2).argmax(dim=0) for score in scores])
-    colors = F.interpolate(palette(scores.shape[1])[assignment].permute(0, 3, 1, 2), side)
-    gray = images.mean(dim=1, keepdim=True)
-    maps = _OPACITY * colors + (1 - _OPACITY) * gray
-    return _to_uint8(make_grid(torch.cat([images, maps]), nrow=len(images), padding=4, pad_value=1))
+    maps = [
+        render_slot_map(image, assign_pixels(image_scores, images.shape[2]))
+        for image, image_scores in zip(images, scores)
+    ]
+    return _to_uint8(make_grid(torch.cat([images, torch.stack(maps)]), nrow=len(images), padding=4, pad_value=1))
 
 
-def _upsample(scores: Tensor, side: int) -> Tensor:
-    """Upsample the scores (K, h, w) of one image to (K, side, side); all images at once would need much memory."""
-    return F.interpolate(scores[None], side, mode="bilinear", align_corners=False)[0]
+def assign_pixels(scores: Tensor, side: int) -> Tensor:
+    """Return the prototype with the highest bilinearly interpolated score at each pixel.
+
+    Interpolated scores lie between the smallest and the largest of the four positions around them. Prototypes whose
+    largest score is everywhere below another one's smallest are skipped, which leaves few of them to interpolate.
+
+    Args:
+        scores: (K, h, w) of one image.
+        side: side of the result in pixels.
+
+    Returns:
+        (side, side) int64.
+    """
+    padded = F.pad(scores[None], (1, 1, 1, 1), mode="replicate")[0]
+    largest, smallest = F.max_pool2d(padded, 2, 1), -F.max_pool2d(-padded, 2, 1)
+    rounding = 1e-5
+    candidates = (largest >= smallest.amax(dim=0) - rounding).flatten(1).any(dim=1).nonzero().flatten()
+    upsampled = F.interpolate(scores[None, candidates], (side, side), mode="bilinear", align_corners=False)[0]
+    return candidates[upsampled.argmax(dim=0)]
+
+
+def render_slot_map(image: Tensor, assignment: Tensor, shown: Collection[int] | None = None) -> Tensor:
+    """Draw the colors of the prototypes over the gray photograph, with boundaries of a light and a dark line.
+
+    The photograph is brought to a common brightness and contrast, so that a color looks alike on all of them.
+
+    Args:
+        image: (3, H, W) in 0..1.
+        assignment: (H, W) int64, the prototype of each pixel.
+        shown: color only these prototypes, and draw the rest gray; None for all.
+
+    Returns:
+        (3, H, W) in 0..1.
+    """
+    gray = image.mean(dim=0)
+    gray = (0.5 + 0.25 * (gray - gray.mean()) / gray.std().clamp(min=0.1)).clamp(0, 1)
+    colors = palette(int(assignment.max()) + 1)[assignment].permute(2, 0, 1)
+    colored = _OPACITY * colors + (1 - _OPACITY) * gray
+    if shown is not None:
+        is_shown = torch.isin(assignment, torch.tensor(list(shown)))
+        colored = torch.where(is_shown, colored, 0.3 + 0.4 * gray)
+    light, dark = region_boundaries(assignment, max(1, round(assignment.shape[0] / 250)))
+    return colored.masked_fill(dark, 0.0).masked_fill(light, 1.0)
+
+
+def region_boundaries(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return masks of two lines, each `width` pixels wide, on either side of the boundaries of regions.
+
+    Args:
+        assignment: (H, W) int64.
+        width: in pixels.
+
+    Returns:
+        (H, W) bool each: the pixels to the right of a boundary or below it, and those to the left or above.
+    """
+    after, before = torch.zeros(2, *assignment.shape, dtype=torch.bool)
+    for dim in (0, 1):
+        length = assignment.shape[dim] - width
+        differs = assignment.narrow(dim, width, length) != assignment.narrow(dim, 0, length)
+        after.narrow(dim, width, length).logical_or_(differs)
+        before.narrow(dim, 0, length).logical_or_(differs)
+    return after, before & ~after
 
 
 def _to_uint8(image: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor
 from transfer.figures.extractor import CenterCrops, ExtractedBatch
 from transfer.figures.layout import write_file
 from transfer.figures.prototype_stats import PrototypeStats
-from transfer.figures.regions import assign_pixels
 from utils.errors import UsageError
-from utils.visualization import palette
+from utils.visualization import assign_pixels, palette
 
 _README = """Slots of {model} in {images} images.
 

@@ -1,6 +1,7 @@
 """Create figures in the common style, arrange panels in a grid, and save figures."""
 
 import math
+import textwrap
 from io import BytesIO
 from pathlib import Path
 
@@ -16,20 +17,28 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".ti
 _MAX_PIXELS = 16_000
 """Largest side of a figure in pixels; few programs open larger images."""
 
+_CHARACTERS_PER_INCH, _MIN_CHARACTERS, _LINE_HEIGHT = 14, 36, 0.14
+"""Of the details: the characters that fit into an inch, at least in a line, and the height of a line in inches."""
+
 
 def new_figure(size: tuple[float, float], dpi: int, title: str, details: str) -> Figure:
-    """Create a figure of (width, height) in inches with a title and a line of details below its panels.
+    """Create a figure of (width, height) in inches with a title, and details below its panels.
+
+    Lines of the details that are too long are wrapped; the figure grows by all lines after the first.
 
     Raises:
         UsageError: the figure would have too many pixels.
     """
+    length = max(_MIN_CHARACTERS, round(_CHARACTERS_PER_INCH * size[0]))
+    lines = [line for paragraph in details.splitlines() for line in textwrap.wrap(paragraph, length)]
+    size = size[0], size[1] + _LINE_HEIGHT * (len(lines) - 1)
     width, height = (round(side * dpi) for side in size)
     if max(width, height) > _MAX_PIXELS:
         raise UsageError(f"a figure of {width} x {height} pixels is too large; lower --sampling, --topk or --dpi")
     layout = ConstrainedLayoutEngine(compress=True, w_pad=0.05, h_pad=0.06)
     figure = Figure(figsize=size, dpi=dpi, layout=layout)
     figure.suptitle(title, x=0, ha="left", fontsize=11, weight="bold", color=TEXT_COLOR)
-    figure.supxlabel(details, x=0, ha="left", fontsize=8, color=MUTED_COLOR, parse_math=False)
+    figure.supxlabel("\n".join(lines), x=0, ha="left", fontsize=8, color=MUTED_COLOR, parse_math=False)
     return figure
 
 

@@ -5,17 +5,21 @@ from collections.abc import Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from transfer.figures.extractor import FeatureExtractor
 from transfer.figures.layout import MUTED_COLOR, TEXT_COLOR, grid_shape, new_figure
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.strips import render_strips
+from utils.visualization import palette
 
 _SIDE, _TEXT_HEIGHT = 1.3, 0.4
 """Inches: the side of an image, and the height of the text above and below it."""
 _GAP_SHARE = 0.04
 """Space between two images, as a share of an image."""
+_BAR_SHARE = 0.06
+"""Width of the bar in the color of the prototype, as a share of an image."""
 _EMPTY = torch.full((1, 1, 3), 238, dtype=torch.uint8)
 """A light gray square in place of the images of an unused prototype."""
 
@@ -28,22 +32,25 @@ def draw_neighbors(
     dpi: int,
     details: str,
 ) -> Figure:
-    """Draw a panel for each prototype: its usage, its nearest images, and below them their cosine similarities."""
+    """Draw a panel for each prototype: its usage, its color, its nearest images and their cosine similarities."""
     rankings = {prototype: stats.nearest.ranking(prototype) for prototype in prototypes}
     length = max(2, *map(len, rankings.values()))  # the usage above the images is wider than one image
     rows, columns = grid_shape(len(prototypes), length * _SIDE, _SIDE + _TEXT_HEIGHT)
-    size = columns * length * _SIDE * (1 + _GAP_SHARE), rows * (_SIDE + _TEXT_HEIGHT) + 0.6
+    left, right = -_BAR_SHARE - _GAP_SHARE, length * (1 + _GAP_SHARE)
+    size = columns * (right - left) * _SIDE, rows * (_SIDE + _TEXT_HEIGHT) + 0.6
     figure = new_figure(size, dpi, "Nearest images of prototypes", details)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
 
     target_side = round(_SIDE * dpi)
     strips = dict(render_strips(extractor, rankings, target_side, alpha, gap=round(_GAP_SHARE * target_side)))
     for panel in panels:
-        panel.set(xlim=(0, length * (1 + _GAP_SHARE)), ylim=(1, 0), aspect="equal")
+        panel.set(xlim=(left, right), ylim=(1, 0), aspect="equal")
         panel.axis("off")
+    colors = palette(len(stats.prototypes)).tolist()
     for panel, prototype in zip(panels, prototypes):
         title = f"prototype {prototype} · {format_usage(stats, prototype)}"
         panel.set_title(title, loc="left", fontsize=7.5, color=TEXT_COLOR, pad=3)
+        panel.add_patch(Rectangle((left, 0), _BAR_SHARE, 1, facecolor=colors[prototype]))
         _draw_strip(panel, strips.get(prototype, _EMPTY), [score for _, score in rankings[prototype]])
     return figure
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, label
 from torch import Tensor
 
 _OUTLINE_COLOR = (1.0, 0.78, 0.0)
@@ -17,28 +17,7 @@ def region_side(map_side: int, target: int) -> int:
     return map_side * max(1, 2 * round((target / map_side - 1) / 2) + 1)
 
 
-def assign_pixels(scores: Tensor, side: int) -> Tensor:
-    """Return the prototype with the highest bilinearly interpolated score at each pixel.
-
-    Interpolated scores lie between the smallest and the largest of the four positions around them. Prototypes whose
-    largest score is everywhere below another one's smallest are skipped, which leaves few of them to interpolate.
-
-    Args:
-        scores: (K, h, w) of one image.
-        side: side of the result in pixels.
-
-    Returns:
-        (side, side) int64.
-    """
-    padded = F.pad(scores[None], (1, 1, 1, 1), mode="replicate")[0]
-    largest, smallest = F.max_pool2d(padded, 2, 1), -F.max_pool2d(-padded, 2, 1)
-    rounding = 1e-5
-    candidates = (largest >= smallest.amax(dim=0) - rounding).flatten(1).any(dim=1).nonzero().flatten()
-    upsampled = F.interpolate(scores[None, candidates], (side, side), mode="bilinear", align_corners=False)[0]
-    return candidates[upsampled.argmax(dim=0)]
-
-
-def downsample(images: Tensor, side: int) -> Tensor:
+def resample(images: Tensor, side: int) -> Tensor:
     """Resample images (B, 3, S, S) uint8 to (B, 3, side, side) in 0..1."""
     levels = images.float() / 255
     return F.interpolate(levels, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -72,16 +51,28 @@ def region_outline(region: Tensor, width: int) -> Tensor:
     return region & (F.max_pool2d(outside, 2 * width + 1, 1)[0, 0] > 0)
 
 
-def region_boundaries(assignment: Tensor, width: int) -> Tensor:
-    """Return a mask of lines, `width` pixels wide, between the regions of an assignment (H, W) int64."""
-    lines = torch.zeros_like(assignment, dtype=torch.bool)
-    lines[width:] |= assignment[width:] != assignment[:-width]
-    lines[:, width:] |= assignment[:, width:] != assignment[:, :-width]
-    return lines
+def connected_regions(assignment: Tensor, min_pixels: float) -> list[tuple[int, np.ndarray]]:
+    """Return the connected regions of at least `min_pixels` pixels of an assignment (H, W) int64, the largest first.
+
+    Returns:
+        Pairs of prototype and region (H, W) bool. Pixels are connected with their four neighbors.
+    """
+    regions = []
+    for prototype in assignment.unique().tolist():
+        components, _ = label((assignment == prototype).numpy())
+        sizes = np.bincount(components.flat)
+        regions += [
+            (sizes[number], prototype, components == number)
+            for number in range(1, len(sizes))
+            if sizes[number] >= min_pixels
+        ]
+    regions.sort(key=lambda region: -region[0])
+    return [(prototype, region) for _, prototype, region in regions]
 
 
-def label_position(region: Tensor) -> tuple[int, int]:
-    """Return the row and column of the pixel of a region (H, W) bool that is farthest from its outside."""
-    distance = distance_transform_edt(np.pad(region.numpy(), 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(distance.argmax(), distance.shape)
-    return int(row), int(column)
+def pixels_by_depth(region: np.ndarray) -> np.ndarray:
+    """Return the pixels of a region (H, W) bool as x, y (N, 2), those farthest from its outside first."""
+    depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    rows, columns = region.nonzero()
+    order = np.argsort(-depth[rows, columns], kind="stable")
+    return np.stack([columns, rows], axis=1)[order]

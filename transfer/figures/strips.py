@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from transfer.figures.extractor import FeatureExtractor
-from transfer.figures.regions import assign_pixels, downsample, highlight_region, region_side
+from transfer.figures.regions import highlight_region, region_side, resample
+from utils.visualization import assign_pixels
 
 
 def render_strips(
@@ -39,7 +40,7 @@ def render_strips(
     for batch in extractor.extract(sorted(requests), "rendering"):
         side = region_side(batch.scores.shape[2], min(target_side, batch.images.shape[2]))
         white = torch.full((side, gap, 3), 255, dtype=torch.uint8)
-        for index, image, scores in zip(batch.indices.tolist(), downsample(batch.images, side), batch.scores):
+        for index, image, scores in zip(batch.indices.tolist(), resample(batch.images, side), batch.scores):
             assignment = assign_pixels(scores, side).cpu()
             for prototype, rank in requests[index]:
                 tile = highlight_region(image, assignment == prototype, alpha)

@@ -1,20 +1,41 @@
 """Figure: a t-SNE of the projections of many images, colored by prototype."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.spatial import cKDTree
 
 from transfer.figures.extractor import FeatureExtractor
-from transfer.figures.layout import new_figure
+from transfer.figures.labels import LabelPlacer
+from transfer.figures.layout import MUTED_COLOR, TEXT_COLOR, new_figure
 from utils.errors import UsageError
 from utils.visualization import palette
 
 _MAX_LABELS = 40
+"""Number of prototypes, the most frequent ones, that have a label and a line of the legend."""
+_FONT_SIZE, _BOX_PADDING, _EDGE_WIDTH = 7.5, 2.0, 1.0
+"""Of the labels, in points."""
+_LEGEND_LINE, _LEGEND_COLUMN = 0.165, 1.0
+"""Inches: the height of a line of the legend, and the width of a column."""
+_NEIGHBORHOOD = 0.05
+"""Radius in which the points around a label are counted, as a share of the larger side of the t-SNE."""
+
+
+class Cluster(NamedTuple):
+    """The points of one prototype."""
+
+    prototype: int
+    points: np.ndarray
+    """(N, 2), those with the most points around them first."""
+    color: np.ndarray
+    """(3,)."""
 
 
 def draw_tsne(
@@ -34,12 +55,25 @@ def draw_tsne(
         raise UsageError(f"--figure tsne: only {len(projections)} positions; use more images or a larger --image-size")
     perplexity = min(30, (len(projections) - 1) / 3)
     points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(projections)
+    return draw_points(points, prototypes, dpi, f"{len(points):,} positions · {details}")
+
+
+def draw_points(points: np.ndarray, prototypes: np.ndarray, dpi: int, details: str) -> Figure:
+    """Draw points (N, 2) in the colors of their prototypes (N,), with labels and a legend of the most frequent ones."""
+    clusters = find_clusters(points, prototypes)[:_MAX_LABELS]
     width, height = np.ptp(points, axis=0)
-    size = 8, float(np.clip(7.8 * height / width, 4, 10)) + 0.8
-    figure = new_figure(
-        size, dpi, "t-SNE of projections, colored by prototype", f"{len(points):,} positions · {details}"
-    )
-    _draw_points(figure.subplots(), points, prototypes)
+    height = float(np.clip(7.8 * height / width, 4, 10)) + 0.8
+    columns = math.ceil(len(clusters) * _LEGEND_LINE / (height - 1.5))
+    size = 8 + columns * _LEGEND_COLUMN, height
+    figure = new_figure(size, dpi, "t-SNE of projections, colored by prototype", details)
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.03)
+    colors = palette(int(prototypes.max()) + 1).numpy()[prototypes]
+    axes.scatter(points[:, 0], points[:, 1], s=float(np.clip(32_000 / len(points), 3, 30)), c=colors, linewidths=0)
+    _draw_legend(axes, clusters, len(points), len(np.unique(prototypes)), columns)
+    _draw_labels(axes, clusters)
     return figure
 
 
@@ -63,30 +97,51 @@ def sample_projections(
     return torch.cat(projections).numpy(), torch.cat(prototypes).numpy()
 
 
-def _draw_points(axes: Axes, points: np.ndarray, prototypes: np.ndarray) -> None:
-    """Draw points (N, 2), and the numbers of the most frequent prototypes where they do not overlap."""
-    axes.axis("off")
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.03)
+def find_clusters(points: np.ndarray, prototypes: np.ndarray) -> list[Cluster]:
+    """Return the points (N, 2) of each of the prototypes (N,), the most frequent prototype first.
+
+    The points of a prototype are ordered by the number of its points around them, so that the first one lies where
+    they are densest.
+    """
     numbers, inverse, counts = np.unique(prototypes, return_inverse=True, return_counts=True)
-    by_count = np.argsort(-counts, kind="stable")
-    colors = np.empty((len(numbers), 3))
-    colors[by_count] = palette(len(numbers)).numpy()
-    size = float(np.clip(32_000 / len(points), 3, 30))
-    axes.scatter(points[:, 0], points[:, 1], s=size, c=colors[inverse], linewidths=0)
-
-    positions: list[np.ndarray] = []
-    min_distance = np.array([0.045, 0.025]) * np.ptp(points, axis=0).max()
-    for cluster in by_count[:_MAX_LABELS]:
+    colors = palette(int(numbers[-1]) + 1).numpy()
+    radius = _NEIGHBORHOOD * np.ptp(points, axis=0).max()
+    clusters = []
+    for cluster in np.argsort(-counts, kind="stable"):
         members = points[inverse == cluster]
-        position = members[np.abs(members - np.median(members, axis=0)).sum(axis=1).argmin()]
-        if all((np.abs(position - other) > min_distance).any() for other in positions):
-            positions.append(position)
-            _draw_label(axes, position, str(numbers[cluster]), colors[cluster])
+        num_around = cKDTree(members).query_ball_point(members, radius, return_length=True)
+        order = np.argsort(-num_around, kind="stable")
+        clusters.append(Cluster(int(numbers[cluster]), members[order], colors[numbers[cluster]]))
+    return clusters
 
 
-def _draw_label(axes: Axes, position: np.ndarray, text: str, color: np.ndarray) -> None:
-    luminance = color @ (0.3, 0.59, 0.11)
-    box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
-    style: dict[str, Any] = {"fontsize": 7.5, "weight": "bold", "ha": "center", "va": "center", "bbox": box}
-    axes.text(position[0], position[1], text, color="black" if luminance > 0.6 else "white", **style)
+def _draw_legend(axes: Axes, clusters: Sequence[Cluster], num_points: int, num_used: int, columns: int) -> None:
+    """Draw a legend with the color of each cluster, its prototype and its share of the points."""
+    marks = [Line2D([], [], linestyle="", marker="o", markersize=6, color=tuple(cluster.color)) for cluster in clusters]
+    shares = [100 * len(cluster.points) / num_points for cluster in clusters]
+    texts = [
+        f"{cluster.prototype}: " + (f"{share:.1f}%" if share >= 0.1 else "<0.1%")
+        for cluster, share in zip(clusters, shares)
+    ]
+    shown = f"{len(clusters)} most frequent of {num_used}\nprototypes" if len(clusters) < num_used else "prototypes"
+    title = f"{shown}: share\nof the positions"
+    style: dict[str, Any] = {"fontsize": 7.5, "title_fontsize": 7.5, "labelcolor": TEXT_COLOR, "frameon": False}
+    style |= {"handletextpad": 0, "columnspacing": 0.8, "ncols": columns, "alignment": "left"}
+    legend = axes.legend(marks, texts, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, title=title, **style)
+    legend.get_title().set_color(MUTED_COLOR)
+
+
+def _draw_labels(axes: Axes, clusters: Sequence[Cluster]) -> None:
+    """Draw the number of each cluster on the first of its points at which it overlaps no other number."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # determines the scale of the axes
+    (left, right), (x0, x1) = axes.get_window_extent().intervalx, axes.get_xlim()
+    points_per_unit = float((right - left) / (x1 - x0)) * 72 / axes.figure.dpi
+    placer = LabelPlacer(_FONT_SIZE, _BOX_PADDING + _EDGE_WIDTH, points_per_unit)
+    box = {"boxstyle": f"round,pad={_BOX_PADDING / _FONT_SIZE}", "edgecolor": "white", "linewidth": _EDGE_WIDTH}
+    style: dict[str, Any] = {"fontsize": _FONT_SIZE, "weight": "bold", "ha": "center", "va": "center_baseline"}
+    for cluster in clusters:
+        position = placer.place(cluster.prototype, cluster.points)
+        if position is not None:
+            is_light = cluster.color @ (0.3, 0.59, 0.11) > 0.6
+            style |= {"color": "black" if is_light else "white", "bbox": box | {"facecolor": cluster.color}}
+            axes.text(position[0], position[1], str(cluster.prototype), in_layout=False, **style)

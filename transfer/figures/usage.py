@@ -3,14 +3,17 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from transfer.figures.layout import TEXT_COLOR, new_figure
 from transfer.figures.prototype_stats import PrototypeStats
+from utils.visualization import palette
 
 _BAR_COLOR, _LINE_COLOR = "#4477aa", "#cc3311"
 _MAX_NUMBERED = 48
 """Number of prototypes up to which each bar is labeled with its number."""
+_ROUND_STEPS = (1, 2, 5, 10)
+"""Distances of ticks, times a power of ten."""
 
 
 def draw_usage(stats: PrototypeStats, dpi: int, details: str) -> Figure:
@@ -21,8 +24,8 @@ def draw_usage(stats: PrototypeStats, dpi: int, details: str) -> Figure:
     counts = stats.image_counts.cpu().numpy()
     order = np.argsort(-counts, kind="stable")[: len(stats.used)]
     _draw_histogram(panels["slots"], stats.slots_histogram.cpu().numpy(), stats.slots_per_image)
-    _draw_bars(panels["images"], 100 * counts / stats.num_images, order, "share of images that use it (%)")
-    _draw_bars(panels["area"], 100 * stats.area.cpu().numpy() / stats.num_images, order, "share of the area (%)")
+    _draw_bars(panels["images"], 100 * counts / stats.num_images, order, "share of images that use it")
+    _draw_bars(panels["area"], 100 * stats.area.cpu().numpy() / stats.num_images, order, "share of the area")
     numbered = len(order) <= _MAX_NUMBERED
     panels["area"].set_xlabel("prototype, most used first" if numbered else "rank of the prototype by usage")
     return figure
@@ -47,24 +50,34 @@ def _draw_histogram(axes: Axes, histogram: np.ndarray, mean: float) -> None:
         va="top",
         color=_LINE_COLOR,
     )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_ROUND_STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=_ROUND_STEPS))
     _style_axes(axes)
 
 
 def _draw_bars(axes: Axes, shares: np.ndarray, order: np.ndarray, title: str) -> None:
-    """Draw a bar for each prototype in `order`, labeled with its number if there is room."""
+    """Draw a bar for each prototype in `order`, in its color, labeled with its number if there is room.
+
+    Args:
+        axes: to draw in.
+        shares: (K,) of each prototype in percent.
+        order: numbers of the prototypes.
+        title: of the axes.
+    """
     count = len(order)
-    positions = np.arange(count)
-    axes.bar(positions, shares[order], width=0.85 if count <= _MAX_NUMBERED else 1, color=_BAR_COLOR)
-    axes.set(xlim=(-0.8, count - 0.2), ylim=(0, None))
+    ranks = np.arange(1, count + 1)
+    colors = palette(len(shares)).numpy()[order]
+    axes.bar(ranks, shares[order], width=0.85 if count <= _MAX_NUMBERED else 1, color=colors)
+    axes.set(xlim=(0.2, count + 0.8), ylim=(0, None))
     axes.set_title(title, fontsize=9, loc="left", color=TEXT_COLOR)
-    if count <= _MAX_NUMBERED:
-        axes.set_xticks(positions, [str(prototype) for prototype in order])
-        axes.tick_params(axis="x", length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=_ROUND_STEPS))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}%"))
     _style_axes(axes)
-    if 24 < count <= _MAX_NUMBERED:
-        axes.tick_params(axis="x", labelsize=6)
+    if count <= _MAX_NUMBERED:
+        axes.set_xticks(ranks, [str(prototype) for prototype in order])
+        axes.tick_params(axis="x", length=0, labelsize=8 if count <= 24 else 6)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_ROUND_STEPS))
 
 
 def _style_axes(axes: Axes) -> None:
