@@ -238,6 +238,15 @@ def test_released_normalization_pads_with_zeros_and_void() -> None:
     assert (labels == 255).all()
 
 
+def test_evaluation_of_the_first_images_only() -> None:
+    mm_config.import_and_register_mmseg()
+    from mmseg.registry import DATASETS
+
+    cfg = load_config(VOC_CONFIG, "--max-val-images", "1")
+    assert [len(DATASETS.build(loader.dataset)) for loader in (cfg.val_dataloader, cfg.test_dataloader)] == [1, 1]
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 4
+
+
 def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
     mm_config.import_and_register_mmseg()
     from mmseg.registry import DATASETS
@@ -329,11 +338,13 @@ def test_folder_of_images_trains_resumes_and_evaluates(
 
 
 @pytest.mark.parametrize(
-    ("images", "iterations", "batch_size"),
-    [(1, 600, 1), (3, 1000, 2), (100, 5600, 16), (5000, 39800, 16), (20210, 80000, 16), (10**6, 80000, 16)],
+    ("images", "batch_size", "iterations"),
+    [(1, 1, 9000), (3, 2, 7800), (100, 16, 5600), (5000, 16, 39800), (20210, 16, 80000), (10**6, 16, 80000)],
 )
-def test_schedule_follows_the_number_of_images(images: int, iterations: int, batch_size: int) -> None:
-    assert folder_config.default_schedule(images) == (iterations, batch_size)
+def test_schedule_follows_the_number_of_images(images: int, batch_size: int, iterations: int) -> None:
+    assert folder_config.default_batch_size(images) == batch_size
+    assert folder_config.default_iterations(images, batch_size) == iterations
+    assert folder_config.default_iterations(images, 2 * batch_size) == pytest.approx(iterations / 2, abs=50)
 
 
 def test_schedule_of_a_folder_follows_its_overrides(folder: Path) -> None:
@@ -342,12 +353,12 @@ def test_schedule_of_a_folder_follows_its_overrides(folder: Path) -> None:
         return mm_config.load_config(train._parse_args(argv))
 
     cfg = load()
-    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (1300, 325, 4)
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.0025, 1300)
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (5000, 1000, 4)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.0025, 5000)
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 12
     assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (512, 512)
     cfg = load("--cfg-options", "train_cfg.max_iters=100", "auto_scale_lr.base_batch_size=8")
-    assert (cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (25, 8)
+    assert (cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (20, 8)
     assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.005, 100)
     cfg = load("--crop-size", "48", "--cfg-options", "optim_wrapper.optimizer.lr=0", "train_cfg.val_interval=7")
     assert (cfg.optim_wrapper.optimizer.lr, cfg.train_cfg.val_interval) == (0, 7)

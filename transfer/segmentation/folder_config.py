@@ -94,14 +94,18 @@ def _set_crop_size(cfg: Any, size: int) -> None:
                 transform.crop_size = (size, size)
 
 
-def default_schedule(num_images: int) -> tuple[int, int]:
-    """Return the number of iterations and the batch size for a number of training images.
+def default_batch_size(num_images: int) -> int:
+    """Return 16, or with fewer training images than that the largest power of two that they fill."""
+    return 2 ** min(4, int(math.log2(num_images)))
 
-    The iterations are ADE20K's times the square root of the ratio of the images, and at most ADE20K's. The batch is 16,
-    or with fewer images than that the largest power of two that they fill.
+
+def default_iterations(num_images: int, batch_size: int) -> int:
+    """Return the length of a run in hundreds: ADE20K's times the square root of the ratio of the numbers of images.
+
+    It is at most ADE20K's, and with a batch smaller than ADE20K's 16 so much longer that as many images are seen.
     """
-    iterations = 100 * round(_ADE20K_ITERATIONS * math.sqrt(num_images / _ADE20K_IMAGES) / 100)
-    return min(_ADE20K_ITERATIONS, iterations), 2 ** min(4, int(math.log2(num_images)))
+    ratio = min(1, num_images / _ADE20K_IMAGES)
+    return 100 * round(_ADE20K_ITERATIONS * math.sqrt(ratio) * 16 / batch_size / 100)
 
 
 def set_schedule(cfg: Any) -> None:
@@ -110,15 +114,15 @@ def set_schedule(cfg: Any) -> None:
     Raises:
         UsageError: the folder has no labeled images.
     """
-    iterations, batch_size = default_schedule(len(_find_pairs(_root_and_classes(cfg)[0], "train")))
-    _set_missing(cfg.train_cfg, "max_iters", iterations)
-    _set_missing(cfg.auto_scale_lr, "base_batch_size", batch_size)
+    images = len(_find_pairs(_root_and_classes(cfg)[0], "train"))
+    _set_missing(cfg.auto_scale_lr, "base_batch_size", default_batch_size(images))
+    _set_missing(cfg.train_cfg, "max_iters", default_iterations(images, cfg.auto_scale_lr.base_batch_size))
     optimizer, length = cfg.optim_wrapper.optimizer, cfg.train_cfg.max_iters
     _set_missing(optimizer, "lr", 0.01 * cfg.auto_scale_lr.base_batch_size / 16)
     for schedule in cfg.param_scheduler:
         _set_missing(schedule, "end", length)
         _set_missing(schedule, "eta_min", optimizer.lr / 100)
-    _set_missing(cfg.train_cfg, "val_interval", math.ceil(length / 4))
+    _set_missing(cfg.train_cfg, "val_interval", math.ceil(length / 5))
     _set_missing(cfg.default_hooks.checkpoint, "interval", min(2000, cfg.train_cfg.val_interval))
     _set_missing(cfg.default_hooks.logger, "interval", min(50, math.ceil(length / 20)))
 

@@ -50,5 +50,5 @@ optim_wrapper = dict(
     clip_grad=None,
 )
 param_scheduler = [dict(type="PolyLR", eta_min=None, power=0.9, begin=0, end=None, by_epoch=False)]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=None, val_interval=None)  # 80,000 sqrt(images / 20,210)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=None, val_interval=None)  # ADE20K's x sqrt(images / 20,210)
 default_hooks = dict(checkpoint=dict(interval=None), logger=dict(interval=None))
