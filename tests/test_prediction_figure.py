@@ -52,7 +52,7 @@ def draw(
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "count"), [(16, 224, 1), (320, 320, 4), (320, 320, 5), (900, 512, 2), (64, 224, 8)]
+    ("size", "side", "count"), [(16, 224, 1), (240, 240, 4), (240, 240, 5), (600, 512, 1), (64, 224, 8)]
 )
 def test_image_labels_and_prediction_are_in_a_row_with_gaps(size: int, side: int, count: int) -> None:
     classes = [f"class {number}" for number in range(2 * count)]
@@ -74,25 +74,24 @@ def test_image_labels_and_prediction_are_in_a_row_with_gaps(size: int, side: int
 
 
 def test_many_images_are_in_two_blocks_so_that_the_figure_is_not_high() -> None:
-    figure, _ = draw(320, 8, [0] * 8, [1] * 8, ["a", "b"])
+    figure, _ = draw(224, 8, [0] * 8, [1] * 8, ["a", "b"])
     assert figure.shape[0] < figure.shape[1]
 
 
-@pytest.mark.parametrize("size", [64, 320])
-@pytest.mark.parametrize("num_classes", [2, 27, 150])
+@pytest.mark.parametrize(("num_classes", "size"), [(2, 64), (27, 320), (150, 64)])
 def test_legend_has_the_color_of_every_shown_class_and_of_no_other(num_classes: int, size: int) -> None:
     shown = [0, *range(1, num_classes, 2)]
-    labels = np.resize(np.repeat([*shown, VOID], 4), (2, size, size))
+    labels = np.resize([*shown, VOID, NO_CLASS], (1, size, size))
     figure = np.array(
         draw_predictions(
-            np.zeros((2, size, size, 3), dtype=np.uint8),
-            {"labels": labels, "prediction": constant_maps([0, NO_CLASS], size)},
+            np.zeros((1, size, size, 3), dtype=np.uint8),
+            {"labels": labels, "prediction": constant_maps([0], size)},
             [f"class {number}" for number in range(num_classes)],
         )
     )
     colors = class_colors(num_classes)
     side = max(size, 224)
-    below = figure[2 * side + side // 8 :]  # the titles and two rows of tiles
+    below = figure[side + side // 8 :]  # the titles and the tiles
     swatches = [find_boxes(below, color) for color in (*colors[shown], (0, 0, 0), (128, 128, 128))]
     assert all(boxes for boxes in swatches)
     order = [boxes[-1] for boxes in swatches]
