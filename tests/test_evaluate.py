@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,18 +345,18 @@ def test_without_gpu_the_runs_are_listed_with_their_time_and_not_started(
 ) -> None:
     assert without_gpu.run("--only", "voc12aug", "coco", "--seeds", "2", *flags) == 2
     output = capsys.readouterr()
-    table = [line.split("  ") for line in output.out.splitlines()]
-    cells = [[cell.strip() for cell in line if cell.strip()] for line in table]
-    assert ["voc12aug", "2", "30,000 x 16", "6 x 1,449", "about 27 days"] in cells
-    assert ["coco", "2", "90,000 x 16", "1 x 0", "about 532 days"] in cells
-    assert "In total about 558 days" in output.out
+    plan = " ".join(output.out.split())
+    assert "voc12aug 2 30,000 x 16 6 x 1,449 about 27 days" in plan
+    assert "coco 2 90,000 x 16 1 x 0 about 532 days" in plan
+    assert "In total about 558 days" in plan
     assert output.err.endswith("no GPU found; add --device cpu to start these runs on the CPU\n")
     assert not without_gpu.out.exists()
 
 
-def test_device_cpu_starts_the_runs(without_gpu: Command, capsys: CAPSYS) -> None:
-    assert without_gpu.run("--device", "cpu", "--segmentation-options", "train_cfg.max_iters=3") == 0
-    assert "3 x 16" in capsys.readouterr().out
+def test_device_cpu_lists_and_starts_the_runs(without_gpu: Command, capsys: CAPSYS) -> None:
+    options = "train_cfg.max_iters=3 val_dataloader.dataset.indices=10"
+    assert without_gpu.run("--device", "cpu", "--segmentation-options", options) == 0
+    assert "voc12aug 1 3 x 16 1 x 10 about 2 minutes" in " ".join(capsys.readouterr().out.split())
     assert without_gpu.rows()["voc12aug", "mIoU"]["values"] == [40]
 
 
@@ -384,7 +384,9 @@ def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
         ("detection", "SOLVER.MAX_ITER 900 TEST.EVAL_PERIOD 300 TEST.PRECISE_BN.NUM_ITER 7", (900, 16, 300, 7)),
         ("detection", "--auto-scale", (720000, 2, 0, 200)),
         ("detection", "--auto-scale SOLVER.IMS_PER_BATCH 32 SOLVER.MAX_ITER 90", (720, 4, 0, 200)),
+        ("detection", "SOLVER.MAX_ITER 9 --max-val-images 10", (9, 16, 0, 200, 10)),
         ("segmentation", "model.decode_head.channels=9", (30000, 16, 5000, 0)),
+        ("segmentation", "val_dataloader.dataset.indices=10", (30000, 16, 5000, 0, 10)),
         (
             "segmentation",
             "train_cfg.max_iters=900 train_cfg.val_interval=450 auto_scale_lr.base_batch_size=2",
@@ -441,20 +443,23 @@ def test_folder_of_another_evaluation_is_refused(command: Command, capsys: CAPSY
 
 
 def test_commands_are_the_published_ones(tmp_path: Path) -> None:
-    args = evaluate._parse_args(
-        ["ckpt.pth", "--out", str(tmp_path), "--gpus", "8", "--detection-options=--auto-scale SOLVER.MAX_ITER 9"]
-    )
+    args = evaluate._parse_args(["ckpt.pth", "--out", str(tmp_path), "--gpus", "8"])
     encoder = EncoderWeights({}, "resnet50", {"method": "slotfa"})
-    run = evaluation_runs.Run("coco", 1, tmp_path / "coco/seed_1", Schedule(9), "released")
-    command = " ".join(evaluation_runs.build_command(args, run, encoder))
-    assert "train_net.py --config-file" in command
-    assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --auto-scale MODEL.WEIGHTS" in command
-    assert command.endswith(f"OUTPUT_DIR {tmp_path}/coco/seed_1/run SEED 1 SOLVER.MAX_ITER 9")
-    run = evaluation_runs.Run("voc12aug", 0, tmp_path / "voc12aug/seed_0", Schedule(9), "released")
+    options = parse_options("detection", "--auto-scale SOLVER.MAX_ITER 9 --max-val-images 10 SOLVER.STEPS '(5, 7)'")
+    run = evaluation_runs.Run("coco", 1, tmp_path / "coco/seed_1", options, Schedule(9))
+    command = evaluation_runs.build_command(args, run, encoder)
+    assert command[-4:] == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(5, 7)"]
+    line = " ".join(command)
+    assert "train_net.py --config-file" in line
+    assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --auto-scale --max-val-images 10 MODEL.WEIGHTS" in line
+    assert f"OUTPUT_DIR {tmp_path}/coco/seed_1/run SEED 1 SOLVER" in line
+    run = evaluation_runs.Run("voc12aug", 0, tmp_path / "voc12aug/seed_0", {}, Schedule(9))
     (run.folder / "run").mkdir(parents=True)
     (run.folder / "run/last_checkpoint").touch()
-    command = " ".join(evaluation_runs.build_command(args, run, encoder))
-    assert command.endswith(f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run.folder}/run --seed 0 --resume")
+    published = f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run.folder}/run --seed 0 --resume"
+    assert " ".join(evaluation_runs.build_command(args, run, encoder)).endswith(published)
+    run = replace(run, options=parse_options("segmentation", "a.b=1 c=(2,3)"))
+    assert evaluation_runs.build_command(args, run, encoder)[-3:] == ["--cfg-options", "a.b=1", "c=(2,3)"]
 
 
 @pytest.mark.parametrize(
@@ -463,7 +468,7 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds"),
         (["--gpus", "9"], "--gpus 9: this machine has 8"),
         (["--gpus", "8", "--device", "cpu"], "--gpus 8: --device cpu uses no GPU"),
-        (["--detection-options=--resume"], "--resume is not supported; only --auto-scale"),
+        (["--detection-options=--resume"], "--resume is not supported; only --auto-scale, --max-val-images and"),
         (["--detection-options", "SOLVER.MAX_ITER"], "SOLVER.MAX_ITER has no value"),
         (["--detection-options", "SOLVER.MAX_ITER 1e3"], "SOLVER.MAX_ITER is '1e3', not a whole number"),
         (["--segmentation-options", "train_cfg.max_iters"], "train_cfg.max_iters is not supported; only KEY=VALUE"),

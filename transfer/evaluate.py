@@ -88,7 +88,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--detection-options",
         metavar="OPTIONS",
         default="",
-        help="more arguments of train_net.py, such as 'SOLVER.MAX_ITER 900' or --detection-options=--auto-scale",
+        help="more arguments of train_net.py: KEY VALUE pairs, --auto-scale and --max-val-images, such as "
+        "'SOLVER.MAX_ITER 900 --max-val-images 100'; --detection-options=--auto-scale needs the equals sign",
     )
     add(
         "--segmentation-options",
@@ -182,9 +183,9 @@ def _list_unfinished(args: argparse.Namespace, options: dict[str, Options]) -> l
     runs = []
     for name in args.names:
         fine_tuning = FINE_TUNINGS[name]
-        schedule = change_schedule(fine_tuning, options[fine_tuning.task], processes=max(args.gpus, 1))
-        recipe = describe_recipe(fine_tuning, options[fine_tuning.task])
-        runs += [Run(name, seed, run_folder(args.out, name, seed), schedule, recipe) for seed in range(args.seeds)]
+        given = options[fine_tuning.task]
+        schedule = change_schedule(fine_tuning, given, processes=max(args.gpus, 1))
+        runs += [Run(name, seed, run_folder(args.out, name, seed), given, schedule) for seed in range(args.seeds)]
     return [run for run in runs if not (run.folder / "done.json").exists()]
 
 
@@ -219,7 +220,8 @@ def _print_plan(runs: list[Run]) -> None:
     rows, total = [], 0.0
     for name, count in Counter(run.name for run in runs).items():
         run = next(run for run in runs if run.name == name)
-        val_images = run.fine_tuning.data.count_val_images(data_root(run.fine_tuning.task))
+        linked = run.fine_tuning.data.count_val_images(data_root(run.fine_tuning.task))
+        val_images = min(linked, run.schedule.max_val_images or linked)
         seconds = count * estimate_seconds(run.schedule, run.fine_tuning.gflop, val_images, gflops)
         training = f"{run.schedule.iterations:,} x {run.schedule.batch_size}"
         evaluation = f"{run.schedule.evaluations} x {val_images:,}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transfer.encoders import EncoderWeights
 from transfer.finetuning import FINE_TUNINGS, TRANSFER, FineTuning
+from transfer.recipe_options import Options, describe_recipe
 from transfer.results import write_json
 from transfer.training_time import Schedule
 
@@ -32,8 +33,10 @@ class Run:
     name: str
     seed: int
     folder: Path
+    options: Options
+    """Changes of the recipe."""
     schedule: Schedule
-    recipe: str
+    """The length with these options."""
 
     @property
     def fine_tuning(self) -> FineTuning:
@@ -51,6 +54,7 @@ def fine_tune(args: argparse.Namespace, run: Run, encoder: EncoderWeights) -> bo
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "failed.json").unlink(missing_ok=True)
     command = build_command(args, run, encoder)
+    record = {"recipe": describe_recipe(run.fine_tuning, run.options), "command": shlex.join(command)}
     path, results = run.folder / "log.txt", run.folder / "run" / "results.json"
     start = path.stat().st_size if path.exists() else 0
     with path.open("a") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -60,11 +64,11 @@ def fine_tune(args: argparse.Namespace, run: Run, encoder: EncoderWeights) -> bo
             process.terminate()  # it stops its own processes; leaving the `with` block waits for it
             raise
     if status == 0 and results.exists():
-        content = {"recipe": run.recipe, "command": shlex.join(command), "results": json.loads(results.read_text())}
-        write_json(run.folder / "done.json", content)
+        record["results"] = json.loads(results.read_text())
+        write_json(run.folder / "done.json", record)
         return True
     reason = _find_reason(status, path.read_bytes()[start:].decode(errors="replace"))
-    write_json(run.folder / "failed.json", {"recipe": run.recipe, "command": shlex.join(command), "reason": reason})
+    write_json(run.folder / "failed.json", record | {"reason": reason})
     print(f"  failed with exit status {status}: {reason}", flush=True)
     return False
 
@@ -97,11 +101,10 @@ def build_command(args: argparse.Namespace, run: Run, encoder: EncoderWeights) -
     if task == "detection":
         command = [sys.executable, str(TRANSFER / "detection" / "train_net.py"), "--config-file", config]
         command += ["--num-gpus", str(args.gpus), *resume]
-        options = shlex.split(args.detection_options)
-        flags = [option for option in options if option.startswith("--")]
-        pairs = [option for option in options if not option.startswith("--")]
+        flags = [word for item in run.options.items() if item[0].startswith("--") for word in item if word]
+        pairs = [word for item in run.options.items() if not item[0].startswith("--") for word in item]
         return [*command, *flags, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), "SEED", str(run.seed), *pairs]
     command = ["bash", str(TRANSFER / "segmentation" / "mim_dist_train.sh"), config, weights, str(args.gpus)]
     command += ["--work-dir", str(output), "--seed", str(run.seed), *resume]
-    overrides = shlex.split(args.segmentation_options)
+    overrides = [f"{key}={value}" for key, value in run.options.items()]
     return [*command, "--cfg-options", *overrides] if overrides else command

@@ -9,7 +9,9 @@ from transfer.training_time import Schedule
 from utils.errors import UsageError
 
 Options = Mapping[str, str]
-"""Key of a config -> its value. The key --auto-scale, a flag of train_net.py, has an empty value."""
+"""Key of a config, or flag of train_net.py -> its value; the value of --auto-scale is empty."""
+
+_DETECTION_FLAGS = ("--auto-scale", "--max-val-images")
 
 _CONFIG_GPUS = 8
 """The number of GPUs from which --auto-scale scales the detection configs."""
@@ -20,21 +22,24 @@ _SCHEDULE_KEYS = {
         "batch_size": "SOLVER.IMS_PER_BATCH",
         "eval_period": "TEST.EVAL_PERIOD",
         "precise_bn": "TEST.PRECISE_BN.NUM_ITER",
+        "max_val_images": "--max-val-images",
     },
     "segmentation": {
         "iterations": "train_cfg.max_iters",
         "batch_size": "auto_scale_lr.base_batch_size",
         "eval_period": "train_cfg.val_interval",
+        "max_val_images": "val_dataloader.dataset.indices",
     },
 }
-"""Task -> field of `Schedule` -> the key of the config that sets it."""
+"""Task -> field of `Schedule` -> the option that sets it."""
 
 
 def parse_options(task: str, text: str) -> Options:
-    """Parse the value of --detection-options (KEY VALUE pairs, --auto-scale) or --segmentation-options (KEY=VALUE).
+    """Parse the value of --detection-options or --segmentation-options.
 
     Raises:
-        UsageError: the text has another form. Other flags would break or repeat those of the published commands.
+        UsageError: it is not KEY VALUE pairs and the flags of train_net.py above, or for segmentation KEY=VALUE words.
+            Other flags would break or repeat those of the published commands.
     """
     flag = f"--{task}-options"
     try:
@@ -45,13 +50,15 @@ def parse_options(task: str, text: str) -> Options:
         if wrong := next((word for word in words if "=" not in word or word.startswith("-")), None):
             raise UsageError(f"{flag}: {wrong} is not supported; only KEY=VALUE")
         return dict(word.split("=", 1) for word in words)
-    flags = [word for word in words if word.startswith("--")]
-    if wrong := next((word for word in flags if word != "--auto-scale"), None):
-        raise UsageError(f"{flag}: {wrong} is not supported; only --auto-scale and KEY VALUE pairs")
-    pairs = [word for word in words if not word.startswith("--")]
-    if len(pairs) % 2:
-        raise UsageError(f"{flag}: {pairs[-1]} has no value; give KEY VALUE pairs")
-    return dict.fromkeys(flags, "") | dict(zip(pairs[::2], pairs[1::2]))
+    options, remaining = {}, iter(words)
+    for key in remaining:
+        if key.startswith("--") and key not in _DETECTION_FLAGS:
+            raise UsageError(f"{flag}: {key} is not supported; only {', '.join(_DETECTION_FLAGS)} and KEY VALUE pairs")
+        value = "" if key == "--auto-scale" else next(remaining, None)
+        if value is None:
+            raise UsageError(f"{flag}: {key} has no value")
+        options[key] = value
+    return options
 
 
 def describe_recipe(fine_tuning: FineTuning, options: Options) -> str:

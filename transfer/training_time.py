@@ -21,6 +21,8 @@ class Schedule:
     """Iterations from one evaluation to the next; 0 for a single evaluation, at the end."""
     precise_bn: int = 0
     """Batches from which the batch-norm statistics are computed again before each evaluation."""
+    max_val_images: int = 0
+    """Largest number of images of an evaluation; 0 for all."""
 
     @property
     def evaluations(self) -> int:
@@ -42,7 +44,7 @@ def estimate_seconds(schedule: Schedule, gflop: Gflop, val_images: int, gflops: 
     """Return the time of training and of all evaluations, without loading of data.
 
     Args:
-        val_images: number of images of an evaluation.
+        val_images: number of images of an evaluation, at most `schedule.max_val_images`.
         gflops: speed in GFLOP/s.
     """
     training = schedule.iterations * schedule.batch_size * gflop.training
