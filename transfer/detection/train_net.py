@@ -27,10 +27,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-machines", type=at_least(1), default=1, help="total number of machines")
     add("--machine-rank", type=at_least(0), default=0, help="rank of this machine, from 0")
     add("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT for several machines")
-    own = "COCO-style annotations in one's own"
-    add("--train-json", type=Path, metavar="FILE", help=f"{own} training data, with the classes")
+    classes = "COCO-style annotations of your own training images; its categories are the classes"
+    add("--train-json", type=Path, metavar="FILE", help=classes)
     add("--train-images", type=Path, metavar="FOLDER", help="images of --train-json")
-    add("--val-json", type=Path, metavar="FILE", help=f"{own} validation data")
+    add("--val-json", type=Path, metavar="FILE", help="COCO-style annotations of your own validation images")
     add("--val-images", type=Path, metavar="FOLDER", help="images of --val-json")
     add("--max-val-images", type=at_least(1), metavar="N", help="evaluate only the first N images (default: all)")
     add(
