@@ -1,6 +1,7 @@
 """utils/resume.py: a resumed run repeats the uninterrupted one; runs are never overwritten or changed silently."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,3 +158,17 @@ def test_start_epoch_starts_later_from_other_weights(finished_run: Path, tiny: T
     assert json.loads((tmp_path / "new/config.json").read_text())["args"]["start_epoch"] == 2
     names = read_weights(finished_run / "current.pth").keys()
     assert read_weights(tmp_path / "new/current.pth").keys() == names
+
+
+def test_full_disk_at_the_start_is_named(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SystemExit, match="2"):
+        main_pretrain.main(tiny())
+    config = tmp_path / "run" / "config.json"
+    assert f"--output-dir {config}: cannot be written (No space left on device); use" in capsys.readouterr().err
+    assert not config.exists()

@@ -16,7 +16,7 @@ import torchvision
 
 from utils import checkpoint, distributed
 from utils.errors import UsageError
-from utils.files import atomic_write_text, link_or_copy
+from utils.files import link_or_copy, write_output
 from utils.run import Run
 
 # Arguments that select how a run starts.
@@ -162,13 +162,18 @@ def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
 
 
 def write_config(folder: Path, run: Run) -> None:
-    """Write `config.json`: all arguments, the plan that follows from them, versions and git revision."""
+    """Write `config.json`: all arguments, the plan that follows from them, versions and git revision.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     plan = asdict(run.plan) | {
         "effective_batch": run.plan.effective_batch,
         "processes": distributed.world_size(),
     }
     config = {"command": sys.argv, "args": vars(run.args), "plan": plan, "versions": versions(), "git": git_revision()}
-    atomic_write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    write_output("--output-dir", folder / "config.json", lambda file: file.write(text.encode()))
 
 
 def versions() -> dict[str, str]:
