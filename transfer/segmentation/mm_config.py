@@ -59,7 +59,10 @@ def make_mmseg_parser(description: str, positional: str, positional_help: str) -
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a file of transfer/segmentation/configs")
     parser.add_argument(positional.lower(), metavar=positional, type=Path, help=positional_help)
     parser.add_argument(
-        "--work-dir", type=Path, help="output folder of logs, checkpoints and results (default: work_dirs/CONFIG_NAME)"
+        "--work-dir",
+        type=Path,
+        help="output folder of logs, checkpoints and results (default: work_dirs/CONFIG_NAME, or the folder of a run "
+        "if CONFIG is in it)",
     )
     parser.add_argument("--gpus", type=at_least(0), help="number of GPUs, 0 for the CPU (default: 1 if there is one)")
     parser.add_argument(
@@ -94,7 +97,9 @@ def load_config(args: argparse.Namespace) -> Any:
     if args.max_val_images:
         for dataset in _find_datasets([cfg.val_dataloader, cfg.test_dataloader]):
             dataset.indices = args.max_val_images
-    cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
+    # A config that a run wrote to its folder has this entry.
+    default = args.config.parent if "work_dir" in cfg else Path("work_dirs") / args.config.stem
+    cfg.work_dir = str(args.work_dir or default)
     check_writable("--work-dir", Path(cfg.work_dir), overwrite=True, folder=True)
     cfg.launcher = "pytorch" if "RANK" in os.environ else "none"
     _set_data_roots(cfg, data_root("segmentation"))
