@@ -16,9 +16,9 @@ from torch import Tensor
 
 import main_pretrain
 import viz_slots
-from tests.checkpoint_data import released_checkpoint, resnet18_weights
+from tests.checkpoint_data import released_checkpoint, resnet18_weights, to_half
 from tests.helpers import run_expecting_usage_error
-from tests.probe_data import make_folder, save_checkpoint
+from tests.probe_data import make_folder, make_method
 from transfer import convert
 from transfer.detection.d2_weights import WeightsFile, read_weights
 from transfer.encoders import EncoderWeights
@@ -130,14 +130,14 @@ def test_archive_of_another_program_is_read(compression: int, tmp_path: Path) ->
 
 
 ENTRY_DAMAGES: dict[str, tuple[Callable[[zipfile.ZipInfo], object], str]] = {
-    "checksum": (lambda entry: setattr(entry, "CRC", 1), "original/data/0 has a wrong checksum"),
+    "checksum": (lambda entry: setattr(entry, "CRC", 1), "'original/data/0' has a wrong checksum"),
     # PyTorch returns a tensor of uninitialized memory.
-    "attributes of a folder": (lambda entry: setattr(entry, "external_attr", 0x10), "data/0 is marked as a folder"),
+    "attributes of a folder": (lambda entry: setattr(entry, "external_attr", 0x10), "data/0' is marked as a folder"),
     "name of another": (lambda entry: setattr(entry, "filename", "original/data/1"), "two entries have the same name"),
     "offset": (lambda entry: setattr(entry, "header_offset", 5), "truncated, or its list of entries is wrong"),
     "encryption": (lambda entry: setattr(entry, "flag_bits", 1), "truncated, or its list of entries is wrong"),
     "compression": (lambda entry: setattr(entry, "compress_type", 97), "truncated, or its list of entries is wrong"),
-    "size": (lambda entry: setattr(entry, "file_size", 4), "original/data/0 has a wrong checksum"),
+    "size": (lambda entry: setattr(entry, "file_size", 4), "'original/data/0' has a wrong checksum"),
 }
 """Changes of an entry in the list at the end of an archive, and the messages."""
 
@@ -193,9 +193,11 @@ def test_wrong_digest_is_refused(digest: Any, tmp_path: Path) -> None:
 def inverted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with checkpoints of a run, in each of which 2,000 bytes in the middle are inverted."""
     folder = tmp_path_factory.mktemp("inverted")
-    save_checkpoint(folder / "in.pth")
-    for suffix in (".safetensors", ".pkl"):
-        convert.main([str(folder / "in.pth"), str(folder / f"in{suffix}")])
+    method = make_method()
+    torch.save({"model": to_half(method.state_dict()), "args": {"method": "slotcon"}, "epoch": 3}, folder / "in.pth")
+    encoder = EncoderWeights(to_half(method.encoder_k.state_dict()), "resnet18", PROVENANCE)
+    for suffix, target in ((".safetensors", "safetensors"), (".pkl", "detectron2")):
+        write_converted(folder / f"in{suffix}", encoder, target)
     for path in folder.iterdir():
         with path.open("r+b") as file:
             file.seek(path.stat().st_size // 2)

@@ -43,22 +43,24 @@ def check_archive(path: Path | str) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            names = [entry.filename for entry in entries]
-            if len(set(names)) < len(names):
-                raise DamagedFileError("two entries have the same name")
-            for entry in entries:
-                # PyTorch leaves the memory of such a tensor uninitialized.
-                if entry.external_attr & _FOLDER_ATTRIBUTE and entry.file_size:
-                    raise DamagedFileError(f"{entry.filename} is marked as a folder")
-                archive.open(entry).close()  # raises an error if its header is damaged
-            if any(entry.CRC for entry in entries) and (damaged := archive.testzip()):
-                raise DamagedFileError(f"{damaged} has a wrong checksum")
-    except DamagedFileError as error:
-        printable = "".join(letter if letter.isprintable() else "?" for letter in str(error))
-        raise DamagedFileError(printable) from None
+            damage = _find_damage(archive)
     except Exception:  # a damaged archive raises errors of many types
-        raise DamagedFileError("truncated, or its list of entries is wrong") from None
+        damage = "truncated, or its list of entries is wrong"
+    if damage:
+        raise DamagedFileError(damage)
+
+
+def _find_damage(archive: zipfile.ZipFile) -> str:
+    """Return what is damaged, or "" if nothing is."""
+    entries = archive.infolist()
+    if len({entry.filename for entry in entries}) < len(entries):
+        return "two entries have the same name"
+    for entry in entries:
+        if entry.external_attr & _FOLDER_ATTRIBUTE and entry.file_size:
+            return f"{entry.filename!r} is marked as a folder"  # PyTorch would leave its memory uninitialized
+        archive.open(entry).close()  # raises an error if its header is damaged
+    damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
+    return f"{damaged!r} has a wrong checksum" if damaged else ""
 
 
 def add_digest(content: Mapping[str, Any]) -> dict[str, Any]:
