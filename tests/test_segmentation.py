@@ -367,6 +367,23 @@ def test_schedule_of_a_folder_follows_its_overrides(folder: Path) -> None:
     assert cfg.train_dataloader.dataset.pipeline[3].crop_size == cfg.model.data_preprocessor.size == (48, 48)
 
 
+def test_image_of_a_folder_is_read_as_it_is_stored(folder: Path, tmp_path: Path) -> None:
+    """The mask has the orientation of the stored pixels, not that of the EXIF data."""
+    mm_config.import_and_register_mmseg()
+    from mmseg.registry import DATASETS
+
+    data = Path(shutil.copytree(folder, tmp_path / "data"))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees
+    Image.open(data / "val/images/0.jpg").save(data / "val/images/0.jpg", exif=exif)
+    argv = [str(FOLDER_CONFIG), "none", "--data-dir", str(data), "--classes", "12", "--crop-size", "64"]
+    dataset = DATASETS.build(mm_config.load_config(train._parse_args(argv)).val_dataloader.dataset)
+    item = dataset[0]
+    assert item["inputs"].shape == (3, SIZE, SIZE + 16)
+    labels = np.array(Image.open(data / "val/masks/0.png"))
+    np.testing.assert_array_equal(item["data_samples"].gt_sem_seg.data[0], labels)
+
+
 def rgb_mask(folder: Path) -> None:
     Image.open(folder / "train/masks/0.png").convert("RGB").save(folder / "train/masks/0.png")
 

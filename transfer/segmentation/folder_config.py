@@ -16,15 +16,23 @@ _ADE20K_IMAGES, _ADE20K_ITERATIONS = 20210, 80000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run on one's own images."""
-    group = parser.add_argument_group("one's own images, with a config of configs/folder")
+    group = parser.add_argument_group("own images, with a config of configs/folder")
     group.add_argument(
-        "--data-dir", type=Path, help="folder with {train,val}/images and {train,val}/masks/*.png, as the probes read"
+        "--data-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with {train,val}/images and {train,val}/masks/*.png, as the probes read",
     )
     group.add_argument(
-        "--classes", help="number of classes, or a text file with the name of one class per line, in the masks' order"
+        "--classes",
+        metavar="FILE",
+        help="text file with the name of one class per line, in the masks' order, or the number of classes",
     )
     group.add_argument(
-        "--crop-size", type=at_least(32), help="side of a crop, and short side of the resized images (default: 512)"
+        "--crop-size",
+        type=at_least(32),
+        metavar="PIXELS",
+        help="side of a crop, and short side of the resized images (default: 512)",
     )
 
 
