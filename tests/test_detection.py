@@ -683,6 +683,7 @@ def test_auto_scale_keeps_the_batch_per_gpu(trainer: ModuleType, monkeypatch: py
         (["DATASETS.TEST", "('coco_2018_val',)"], "coco_2018_val"),
         (["DATASETS.TEST", "('coco_2014_minival',)"], "instances_minival2014.json does not exist"),
         (["MODEL.WEIGHTS", "missing.pkl"], "missing.pkl: no such file"),
+        (["--config-file", CUSTOM], "custom_train needs --train-json, --train-images, --val-json, --val-images"),
     ],
 )
 def test_usage_error_is_one_line_and_writes_nothing(
