@@ -85,10 +85,14 @@ def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
 
 
 def extract_encoder(state: Mapping[str, Any], path: Path | str, which: str | None = None) -> EncoderWeights:
-    """Find the encoder in a loaded checkpoint; see `read_encoder`.
+    """Return the encoder in a loaded checkpoint.
 
     Args:
         path: the file that was loaded.
+        which: as in `read_encoder`.
+
+    Raises:
+        UsageError: there is no such encoder, or an incomplete one.
     """
     extracted = checkpoint.extract_weights(state, f"checkpoint {path}")
     selected, weights = checkpoint.find_encoder(extracted, which or "teacher")
