@@ -133,7 +133,7 @@ def test_slot_grid_shows_images_above_their_maps() -> None:
     for column, (image, image_scores) in enumerate(zip(images, scores)):
         shown = grid[:, :, 4 + 64 * column :][:, :, :60]
         assert torch.equal(shown[:, 4:64], (255 * image).round().byte())
-        drawn = render_slot_map(image, assign_pixels(image_scores, 60))
+        drawn = render_slot_map(image, assign_pixels(image_scores, 30).repeat_interleave(2, 0).repeat_interleave(2, 1))
         assert torch.equal(shown[:, 68:128], (255 * drawn).round().byte())
 
 

@@ -345,7 +345,7 @@ def test_slot_maps_have_the_colors_of_their_prototypes(maps: Figure, extractor: 
     grid = slot_grid(batch.images / 255, batch.scores)
     for column, scores in enumerate(batch.scores):
         drawn = grid[:, SIZE + 8 :, 4 + (SIZE + 4) * column :]
-        assignment = assign_pixels(scores, SIZE)
+        assignment = assign_pixels(scores, SIZE // 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
         for number, region in connected_regions(assignment, SIZE):
             x, y = pixels_by_depth(region)[0]
             pixels.append((number, drawn[:, y, x].numpy()))

@@ -116,10 +116,11 @@ def slot_grid(images: Tensor, scores: Tensor) -> Tensor:
     Returns:
         (3, H, W) uint8.
     """
-    maps = [
-        render_slot_map(image, assign_pixels(image_scores, images.shape[2]))
-        for image, image_scores in zip(images, scores)
-    ]
+    side = images.shape[2]
+    # At half the resolution: with thousands of prototypes, all of them at each pixel take seconds and gigabytes.
+    assignments = torch.stack([assign_pixels(image_scores, side // 2) for image_scores in scores])
+    assignments = F.interpolate(assignments[:, None].float(), side)[:, 0].long()
+    maps = [render_slot_map(image, assignment) for image, assignment in zip(images, assignments)]
     return _to_uint8(make_grid(torch.cat([images, torch.stack(maps)]), nrow=len(images), padding=4, pad_value=1))
 
 
