@@ -93,7 +93,7 @@ class Command:
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
         rows = json.loads((self.out / "results.json").read_text())["results"]
-        return {(row["task"], row["metric"]): row for row in rows}
+        return {(row["name"], row["metric"]): row for row in rows}
 
     def build_command(self, _: object, run: evaluation_runs.Run, encoder: EncoderWeights) -> list[str]:
         code = self.programs.get(run.name, SUCCESS)
@@ -199,9 +199,9 @@ def test_reason_of_a_failure_is_one_short_line(code: str, reason: str, command: 
 
 def test_interrupted_call_resumes(command: Command, capsys: CAPSYS) -> None:
     command.programs["coco"] = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
-    assert command.run("--only", "voc12aug", "coco") == 130
+    assert command.run("--only", "coco", "voc12aug") == 130
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
-    assert [command.rows()[key]["note"] for key in (("voc12aug", "mIoU"), ("coco", "box AP"))] == ["", "not finished"]
+    assert [row["note"] for row in command.rows().values()] == ["not finished"] * 3
     del command.programs["coco"]
     assert command.run("--only", "voc12aug", "coco") == 0
     assert command.rows()["coco", "box AP"]["values"] == [40]

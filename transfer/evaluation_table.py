@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) ->
 
     Args:
         seeds: number of runs of this call, with the seeds 0, 1, ...; all runs in the folder count as well.
-        skipped: why this call does not run it; empty if it does.
+        skipped: why this call cannot run those that have not finished; empty if it can.
         recipe: the recipe of this call, for a fine-tuning without a finished run.
 
     Returns:
         The rows; none if there are no runs.
     """
-    folders = {seed: run_folder(out, name, seed) for seed in sorted({*range(seeds), *_find_seeds(out / name)})}
-    done = [json.loads((path / "done.json").read_text()) for path in folders.values() if (path / "done.json").exists()]
-    note = "; ".join(_describe_missing(folders, seeds, skipped))
-    common = {"task": name, "title": FINE_TUNINGS[name].title}
+    folders = [run_folder(out, name, seed) for seed in sorted({*range(seeds), *_find_seeds(out / name)})]
+    done = [json.loads((path / "done.json").read_text()) for path in folders if (path / "done.json").exists()]
+    note = "; ".join(_describe_missing(folders, skipped))
+    common = {"name": name, "title": FINE_TUNINGS[name].title}
     common["recipe"] = "; ".join(dict.fromkeys(run["recipe"] for run in done)) or recipe
     rows = []
     for metric, keys in FINE_TUNINGS[name].metrics.items() if folders else ():
@@ -45,12 +44,12 @@ def _find_seeds(folder: Path) -> set[int]:
     return {int(name) for name in names if name.isdecimal()}
 
 
-def _describe_missing(folders: Mapping[int, Path], seeds: int, skipped: str) -> list[str]:
+def _describe_missing(folders: list[Path], skipped: str) -> list[str]:
     """Return why there are runs without a result, as in `collect_rows`."""
-    missing = {seed: path for seed, path in folders.items() if not (path / "done.json").exists()}
-    failures = [path / "failed.json" for path in missing.values() if (path / "failed.json").exists()]
+    missing = [path for path in folders if not (path / "done.json").exists()]
+    failures = [path / "failed.json" for path in missing if (path / "failed.json").exists()]
     notes = [f"failed: {json.loads(path.read_text())['reason']}, see {path.parent / 'log.txt'}" for path in failures]
-    if skipped and any(seed < seeds for seed in missing):
+    if skipped:
         notes.append(f"skipped: {skipped}")
     elif len(failures) < len(missing):
         notes.append("not finished")

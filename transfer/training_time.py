@@ -61,7 +61,8 @@ def measure_gflops(seconds: float = 1.0) -> float:
     network, image = build_encoder("resnet50"), torch.rand(1, 3, 256, 256)
     with FlopCounterMode(display=False) as counter:
         network(image).sum().backward()  # also warms up
-    steps, end = [], time.perf_counter() + seconds
+    steps: list[float] = []
+    end = time.perf_counter() + seconds
     while not steps or time.perf_counter() < end:
         start = time.perf_counter()
         network(image).sum().backward()
