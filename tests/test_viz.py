@@ -233,7 +233,7 @@ def extractor(checkpoints: Path, images: Path) -> FeatureExtractor:
 
 def test_strips_show_the_region_in_each_nearest_image(extractor: FeatureExtractor) -> None:
     rankings = {2: [(4, 0.9), (0, 0.8)], 1: [(4, 0.9)], 6: []}
-    strips = dict(render_strips(extractor, rankings, target_side=33, alpha=1, gap=2))
+    strips = dict(render_strips(extractor, rankings, target_side=33, alpha=1, gap_share=2 / 33))
     assert strips.keys() == {1, 2}
     scores = dict(zip((0, 4), next(extractor.extract([0, 4], "extracting")).scores))
     for prototype, strip in strips.items():
@@ -298,6 +298,15 @@ def colors_of_neighbors(extractor: FeatureExtractor, stats: PrototypeStats) -> C
         int(panel.get_title(loc="left").split()[1]): panel.patches[0].get_facecolor()[:3]  # such as `prototype 7 · ...`
         for panel in panels
     }
+
+
+@pytest.mark.parametrize("dpi", [40, 200])
+def test_strip_of_nearest_images_fits_into_its_panel(
+    dpi: int, extractor: FeatureExtractor, stats: PrototypeStats
+) -> None:
+    panel = draw_neighbors(extractor, stats, [0], 0.5, dpi, "").axes[0]
+    left, right, *_ = panel.images[0].get_extent()
+    assert (left, right) == pytest.approx((0, panel.get_xlim()[1]), rel=0.02)
 
 
 def colors_of_tsne(prototypes: np.ndarray, axes: Axes) -> Colors:

@@ -41,8 +41,7 @@ def draw_neighbors(
     figure = new_figure(size, dpi, "Nearest images of prototypes", details)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
 
-    target_side = round(_SIDE * dpi)
-    strips = dict(render_strips(extractor, rankings, target_side, alpha, gap=round(_GAP_SHARE * target_side)))
+    strips = dict(render_strips(extractor, rankings, round(_SIDE * dpi), alpha, _GAP_SHARE))
     for panel in panels:
         panel.set(xlim=(left, right), ylim=(1, 0), aspect="equal")
         panel.axis("off")

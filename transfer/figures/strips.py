@@ -16,7 +16,7 @@ def render_strips(
     rankings: Mapping[int, Sequence[tuple[int, float]]],
     target_side: int,
     alpha: float,
-    gap: int = 0,
+    gap_share: float = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield each prototype that has images and its strip, as soon as it is complete; each image is extracted once.
 
@@ -25,10 +25,10 @@ def render_strips(
         rankings: the nearest images of each prototype, best first: pairs of image index and score.
         target_side: about the side of an image in pixels; it becomes a near multiple of the feature map's side.
         alpha: how much the rest of each image is darkened.
-        gap: white pixels after each image.
+        gap_share: white space after each image, as a share of its side.
 
     Yields:
-        The prototype and (side, n (side + gap), 3) uint8 for its n images.
+        The prototype and (side, n (1 + gap_share) side, 3) uint8 for its n images.
     """
     requests = defaultdict(list)
     for prototype, ranking in rankings.items():
@@ -39,6 +39,7 @@ def render_strips(
     tiles: dict[int, dict[int, Tensor]] = defaultdict(dict)
     for batch in extractor.extract(sorted(requests), "rendering"):
         side = region_side(batch.scores.shape[2], min(target_side, batch.images.shape[2]))
+        gap = round(gap_share * side)
         white = torch.full((side, gap, 3), 255, dtype=torch.uint8)
         for index, image, scores in zip(batch.indices.tolist(), resample(batch.images, side), batch.scores):
             assignment = assign_pixels(scores, side).cpu()
