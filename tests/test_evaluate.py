@@ -207,6 +207,11 @@ def test_interrupted_call_resumes(command: Command, capsys: CAPSYS) -> None:
     assert command.rows()["coco", "box AP"]["values"] == [40]
 
 
+def test_name_that_is_given_twice_runs_once(command: Command, capsys: CAPSYS) -> None:
+    assert command.run("--only", "voc12aug", "voc12aug") == 0
+    assert "[1/1] PASCAL VOC" in capsys.readouterr().out
+
+
 def test_metric_that_a_run_does_not_have_is_empty(command: Command) -> None:
     assert command.run("--only", "coco") == 0
     row = command.rows()["coco", "mask AP"]
@@ -235,6 +240,9 @@ def test_partial_data_is_skipped_and_finished_runs_are_kept(command: Command, ca
     assert rows["voc12aug_d8", "mIoU"]["note"] == f"skipped: {masks} does not exist"
     assert (rows["voc12aug", "mIoU"]["values"], rows["voc12aug", "mIoU"]["note"]) == ([40], "")
     assert rows["coco", "box AP"]["values"] == [40]
+    assert command.run("--only", "voc12aug", "--seeds", "2") == 0
+    row = command.rows()["voc12aug", "mIoU"]
+    assert (row["values"], row["note"]) == ([40], f"skipped: {masks} does not exist")
 
 
 def test_nothing_linked_is_said_in_a_short_line(
