@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, resnet50
 
 from tests.helpers import run_expecting_usage_error
@@ -411,6 +412,31 @@ def test_time_is_that_of_training_batch_norm_statistics_and_evaluations() -> Non
     schedule = Schedule(iterations=10, batch_size=4, eval_period=4, precise_bn=5)
     # 10 x 4 x 30 for training; 3 evaluations (after 4, 8 and 10 iterations) of 5 x 4 x 30 / 3 + 7 x 8 each
     assert estimate_seconds(schedule, Gflop(30, 8), val_images=7, gflops=2) == (1200 + 3 * (200 + 56)) / 2
+
+
+@pytest.mark.parametrize("name", ["voc12aug", "ade20k"])
+def test_arithmetic_is_that_of_the_model(name: str) -> None:
+    pytest.importorskip("mmseg")
+    from mmengine.config import Config
+    from mmengine.model import revert_sync_batchnorm
+    from mmseg.registry import MODELS
+
+    from transfer.segmentation.mm_config import import_and_register_mmseg
+
+    import_and_register_mmseg()
+    fine_tuning = FINE_TUNINGS[name]
+    cfg = Config.fromfile(str(TRANSFER / "segmentation/configs" / fine_tuning.config))
+    size = cfg.model.data_preprocessor.size[0]
+    with torch.device("meta"):  # shapes without memory or arithmetic
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        heads = [head for head in (model.decode_head, getattr(model, "auxiliary_head", None)) if head]
+        with FlopCounterMode(display=False) as training:
+            features = model.extract_feat(torch.zeros(2, 3, size, size))
+            torch.stack([head(features).sum() for head in heads]).sum().backward()
+        with FlopCounterMode(display=False) as evaluation:
+            model.decode_head(model.extract_feat(torch.zeros(1, 3, size, size * 4 // 3)))
+    assert training.get_total_flops() / 2e9 == pytest.approx(fine_tuning.gflop.training, rel=0.01)
+    assert evaluation.get_total_flops() / 1e9 == pytest.approx(fine_tuning.gflop.evaluation, rel=0.01)
 
 
 @pytest.mark.parametrize(
