@@ -305,6 +305,7 @@ def folder_command(folder: Path, weights: Path, run: Path, *overrides: str) -> l
     argv = [str(FOLDER_CONFIG), str(weights), "--work-dir", str(run), "--data-dir", str(folder)]
     argv += ["--classes", str(folder / "classes.txt"), "--crop-size", "32", "--max-val-images", "2", "--cfg-options"]
     argv += ["model.backbone.depth=18", "model.decode_head.in_channels=512", "model.auxiliary_head.in_channels=256"]
+    argv += [f"model.{head}.channels=16" for head in ("decode_head", "auxiliary_head")]
     argv += [f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test")]
     return [*argv, *overrides]
 
