@@ -437,6 +437,14 @@ def test_labels_of_the_tsne_lie_on_their_points_and_do_not_overlap() -> None:
         assert float(share) == pytest.approx(100 * (prototypes == int(number)).mean(), abs=0.051)
 
 
+def test_prototypes_of_a_few_points_have_no_label() -> None:
+    rng = np.random.default_rng(0)
+    prototypes = np.repeat([3, 8, 5], [40, 10, 9])
+    axes = draw_points(rng.normal(size=(59, 2)), prototypes, 50, "details").axes[0]
+    assert {text.get_text() for text in axes.texts} == {"3", "8"}
+    assert len(axes.get_legend().get_texts()) == 3
+
+
 def test_label_of_a_prototype_with_several_clusters_lies_in_the_densest() -> None:
     rng = np.random.default_rng(0)
     sizes = {0: 30, 20: 20, 40: 40}  # the median lies in the middle one

@@ -19,7 +19,9 @@ from utils.errors import UsageError
 from utils.visualization import palette
 
 _MAX_LABELS = 40
-"""Number of prototypes, the most frequent ones, that have a label and a line of the legend."""
+"""Number of prototypes, the most frequent ones, that have a line of the legend and may have a label."""
+_MIN_LABELED_POINTS = 10
+"""Number of points below which a prototype has no label: a few points among those of others are no cluster."""
 _FONT_SIZE, _BOX_PADDING, _EDGE_WIDTH = 7.5, 2.0, 1.0
 """Of the labels, in points."""
 _LEGEND_LINE, _LEGEND_COLUMN = 0.165, 1.0
@@ -140,7 +142,8 @@ def _draw_labels(axes: Axes, clusters: Sequence[Cluster]) -> None:
     box = {"boxstyle": f"round,pad={_BOX_PADDING / _FONT_SIZE}", "edgecolor": "white", "linewidth": _EDGE_WIDTH}
     style: dict[str, Any] = {"fontsize": _FONT_SIZE, "weight": "bold", "ha": "center", "va": "center_baseline"}
     for cluster in clusters:
-        position = placer.place(cluster.prototype, cluster.points)
+        enough = len(cluster.points) >= _MIN_LABELED_POINTS
+        position = placer.place(cluster.prototype, cluster.points) if enough else None
         if position is not None:
             is_light = cluster.color @ (0.3, 0.59, 0.11) > 0.6
             style |= {"color": "black" if is_light else "white", "bbox": box | {"facecolor": cluster.color}}
