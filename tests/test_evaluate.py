@@ -324,6 +324,9 @@ def test_row_keeps_the_recipe_with_which_it_was_run(command: Command) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": "of an earlier version"}))
     assert command.run("--only", "voc12aug") == 0
     assert command.rows()["voc12aug", "mIoU"]["recipe"] == "of an earlier version"
+    record.write_text(json.dumps({"results": json.loads(record.read_text())["results"]}))  # as it was before
+    assert command.run("--only", "voc12aug") == 0
+    assert command.rows()["voc12aug", "mIoU"]["recipe"] == "unknown"
 
 
 def test_options_follow_the_recipe_that_is_not_the_released_one(command: Command) -> None:

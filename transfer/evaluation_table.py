@@ -26,7 +26,7 @@ def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) ->
     done = [json.loads((path / "done.json").read_text()) for path in folders if (path / "done.json").exists()]
     note = "; ".join(_describe_missing(folders, skipped))
     common = {"name": name, "title": FINE_TUNINGS[name].title}
-    common["recipe"] = "; ".join(dict.fromkeys(run["recipe"] for run in done)) or recipe
+    common["recipe"] = "; ".join(dict.fromkeys(run.get("recipe", "unknown") for run in done)) or recipe
     rows = []
     for metric, keys in FINE_TUNINGS[name].metrics.items() if folders else ():
         values = [value for run in done if (value := _look_up(run["results"], keys)) is not None]
