@@ -11,6 +11,9 @@ TRANSFER = Path(__file__).resolve().parent
 PACKAGES = {"detection": "detectron2", "segmentation": "mmseg"}
 """Task -> the package that trains it."""
 
+CONFIG_GPUS = 8
+"""The number of GPUs that the detection configs are for, from which --auto-scale scales them."""
+
 RELEASED = "released"
 """The recipe of a configuration that SlotCon's authors released."""
 

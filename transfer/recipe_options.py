@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 
-from transfer.finetuning import RELEASED, FineTuning
+from transfer.finetuning import CONFIG_GPUS, RELEASED, FineTuning
 from transfer.training_time import Schedule
 from utils.errors import UsageError
 
@@ -12,9 +12,6 @@ Options = Mapping[str, str]
 """Key of a config, or flag of train_net.py -> its value; the value of --auto-scale is empty."""
 
 _DETECTION_FLAGS = ("--auto-scale", "--max-val-images")
-
-_CONFIG_GPUS = 8
-"""The number of GPUs from which --auto-scale scales the detection configs."""
 
 _SCHEDULE_KEYS = {
     "detection": {
@@ -85,7 +82,7 @@ def change_schedule(fine_tuning: FineTuning, options: Options, processes: int) -
     schedule = replace(fine_tuning.schedule, **{field: int(options[key]) for field, key in given.items()})
     if "--auto-scale" not in options:
         return schedule
-    factor = processes / _CONFIG_GPUS
+    factor = processes / CONFIG_GPUS
     return replace(
         schedule,
         iterations=round(schedule.iterations / factor),
