@@ -26,6 +26,26 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert path.read_bytes() == "neu: é".encode()
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_write_during_another_of_the_same_path_disturbs_none(fail: bool, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+
+    def write(file: BinaryIO) -> None:
+        files.atomic_write_text(path, "other")
+        assert path.read_text() == "other"
+        if fail:
+            raise KeyboardInterrupt
+        file.write(b"last")
+
+    if fail:
+        with pytest.raises(KeyboardInterrupt):
+            files.atomic_write(path, write)
+    else:
+        files.atomic_write(path, write)
+    assert path.read_text() == ("other" if fail else "last")
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_failed_output_is_named_with_its_flag(tmp_path: Path) -> None:
     files.write_output("--out", tmp_path / "new", lambda file: file.write(b"content"))
     assert (tmp_path / "new").read_bytes() == b"content"
@@ -45,6 +65,33 @@ def test_link_or_copy_replaces_the_link(hard_links: bool, tmp_path: Path, monkey
     files.link_or_copy(tmp_path / "current", tmp_path / "new")
     assert (tmp_path / "current").read_text() == "new"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["current", "new"]
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_link_during_another_of_the_same_name_disturbs_none(
+    hard_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def link_twice(target: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        files.link_or_copy(tmp_path / "current", target)
+        if not hard_links:
+            raise OSError("no hard links here")
+        link(target, path)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    (tmp_path / "new").write_text("new")
+    files.link_or_copy(tmp_path / "current", tmp_path / "new")
+    assert (tmp_path / "current").read_text() == "new"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["current", "new"]
+
+
+def test_failed_link_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "current").write_text("old")
+    with pytest.raises(OSError, match="No such file"):
+        files.link_or_copy(tmp_path / "current", tmp_path / "missing")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("current", "old")]
 
 
 def test_writable_outputs_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

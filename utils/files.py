@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,21 +15,30 @@ from utils.errors import UsageError
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file next to `path` and rename it to `path`, which is therefore never incomplete.
 
+    Several processes may write the same `path` at once; it is then the whole file of the last one.
+
     Raises:
         OSError: the file cannot be written; the temporary file is removed and an existing `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary_path(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
+            raise
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         raise OSError(errno.EIO, getattr(error, "strerror", None) or f"{free:.0f} MiB are free") from None
+
+
+def _temporary_path(path: Path) -> Path:
+    """Return a new hidden path in the same folder, which no other process uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_output(flag: str, path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -56,14 +66,21 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def link_or_copy(link: Path, target: Path) -> None:
-    """Make `link` a hard link to `target`, or a copy of it on file systems without hard links."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    """Make `link` a hard link to `target`, or a copy of it on file systems without hard links.
+
+    Raises:
+        OSError: the file cannot be written; the temporary file is removed and an existing `link` is unchanged.
+    """
+    temporary = _temporary_path(link)
     try:
-        os.link(target, temporary)
-    except OSError:
-        shutil.copyfile(target, temporary)
-    temporary.replace(link)
+        try:
+            os.link(target, temporary)
+        except OSError:
+            shutil.copyfile(target, temporary)
+        temporary.replace(link)
+    finally:
+        with suppress(OSError):  # renaming a hard link to its own file leaves both names
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(flag: str, path: Path, overwrite: bool = False, folder: bool = False) -> None:
