@@ -24,6 +24,14 @@ TEACHER = {name: value + 1 for name, value in STUDENT.items()}
 VIT = {"patch_embed.proj.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)}
 SLOTCON = add_prefix("encoder_q.", STUDENT) | add_prefix("encoder_k.", TEACHER) | {"bn9.running_mean": torch.ones(2)}
 GTSA = add_prefix("base_encoder.", STUDENT) | add_prefix("momentum_encoder.", TEACHER | CLASSIFIER)
+STEM = {
+    "conv1.weight": "weight",
+    "bn1.running_mean": "norm.running_mean",
+    "bn1.num_batches_tracked": "norm.num_batches_tracked",
+}
+DETECTRON2 = {f"stem.conv1.{STEM[name]}": value for name, value in STUDENT.items()}
+LAST_STAGE = {"roi_heads.res5.0.conv1.weight": torch.ones(2), "roi_heads.res5.norm.weight": torch.ones(2)}
+HEADS = {"backbone.fpn_lateral2.weight": torch.ones(2), "roi_heads.box_head.fc1.weight": torch.ones(2)}
 OTHERS = {"encoderx.weight": torch.ones(2), "decode_head.weight": torch.ones(2)}
 
 FILES: dict[str, tuple[dict[str, Any], str, dict[str, Tensor]]] = {
@@ -36,6 +44,13 @@ FILES: dict[str, tuple[dict[str, Any], str, dict[str, Tensor]]] = {
     "torchvision": (STUDENT | CLASSIFIER, "only", STUDENT),
     "backbone-only": ({"model": STUDENT, "epoch": 3}, "only", STUDENT),
     "timm": ({"state_dict": VIT | {"head.weight": torch.ones(2)}}, "only", VIT),
+    "detectron2's backbone": ({"model": DETECTRON2}, "only", STUDENT),
+    "detectron2 FPN": ({"model": add_prefix("backbone.bottom_up.", DETECTRON2) | HEADS}, "only", STUDENT),
+    "detectron2 C4": (
+        {"model": add_prefix("backbone.", DETECTRON2) | LAST_STAGE},
+        "only",
+        STUDENT | {"layer4.0.conv1.weight": torch.ones(2)},
+    ),
     "none": ({"model": {"encoder_k.fc.weight": torch.ones(2)} | OTHERS}, "", {}),
 }
 
@@ -155,6 +170,18 @@ def test_run_does_not_start_from_another_architecture_or_no_encoder(
         checkpoint.initialize_from(build_method(tiny_args), save_file(tmp_path / "in.pth", weights))
     with pytest.raises(UsageError, match="no encoder"):
         checkpoint.initialize_from(build_method(tiny_args), save_file(tmp_path / "in.pth", {"a": torch.ones(2)}))
+
+
+@pytest.mark.usefixtures("small_encoder")
+@pytest.mark.parametrize("name", ["encoder_q.1.weight", "grouping_k.slot_embed.weight"])
+def test_run_does_not_start_from_values_that_are_not_finite(
+    name: str, tiny_args: argparse.Namespace, tmp_path: Path
+) -> None:
+    weights = build_method(tiny_args).state_dict()
+    weights[name].view(-1)[1] = float("nan")
+    part = name.split(".")[0]
+    with pytest.raises(UsageError, match=rf"^--init .*in\.pth: {part}: .*weight holds values that are not finite; use"):
+        checkpoint.initialize_from(build_method(tiny_args), save_file(tmp_path / "in.pth", {"model": weights}))
 
 
 # Files that cannot be read or written.

@@ -367,7 +367,7 @@ def test_network_gets_the_input_that_its_provenance_asks_for(
     capsys: Captured,
     convert_expecting_usage_error: FailingConvert,
 ) -> None:
-    """BGR of twice the levels, by the key's present name and by its name in files of before."""
+    """BGR of twice the pixel values, by the key's present name and by its name in files of before."""
     weights, provenance = read_back(converted("detectron2"), "detectron2")
     swap_channels(weights)
     weights["conv1.weight"] /= 2
@@ -447,7 +447,7 @@ def test_swapped_channels_of_a_vit_are_found(tmp_path: Path, convert_expecting_u
 def test_file_for_another_framework_or_of_another_encoder_is_not_verified(
     source: Path, converted: Converted, tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
-    assert "is made for timm, not for mmseg" in convert_expecting_usage_error(
+    assert "is made for timm, not for mmseg; use convert.py with --to timm" in convert_expecting_usage_error(
         source, converted("timm"), "--to", "mmseg", "--verify"
     )
     assert "those of the teacher" in convert_expecting_usage_error(

@@ -27,7 +27,7 @@ from transfer.probe import linear_segmentation
 from transfer.segmentation.mm_weights import read_fine_tuned
 from utils import checkpoint
 from utils.errors import UsageError
-from utils.integrity import DIGEST, DamagedFileError, check_archive
+from utils.integrity import CHECKSUM, DamagedFileError, check_archive
 
 WEIGHTS = {
     "conv1.weight": torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)),
@@ -148,7 +148,7 @@ def test_damaged_list_of_entries_is_refused(damage: str, tmp_path: Path) -> None
     write_archive(tmp_path / "in.pth", change)
     with pytest.raises(DamagedFileError, match=reason):
         check_archive(tmp_path / "in.pth")
-    message = rf"^--resume .*in\.pth: damaged: .*{reason}; use another, such as an earlier epoch's$"
+    message = rf"^--resume .*in\.pth: damaged: .*{reason}; download or make it again, or use another checkpoint$"
     with pytest.raises(DamagedFileError, match=message):
         checkpoint.load(tmp_path / "in.pth", "--resume")
 
@@ -171,18 +171,19 @@ def test_file_without_checksums_is_read_and_refused_where_it_is_truncated(tmp_pa
             checkpoint.load(path, "IN")
 
 
-def test_exported_files_of_before_the_digest_are_read(tmp_path: Path) -> None:
-    safetensors.torch.save_file(WEIGHTS, tmp_path / "in.safetensors", {"format": "pt", "provenance": "{}"})
+def test_exported_files_without_a_checksum_are_read(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "content_sha256": "sha256:0", "sha256": "0" * 64}  # of another program
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "in.safetensors", metadata)
     assert equals(checkpoint.load_weights(tmp_path / "in.safetensors"), WEIGHTS)
     model = {name: value.numpy() for name, value in WEIGHTS.items()}
     (tmp_path / "in.pkl").write_bytes(pickle.dumps({"model": model, "__author__": "they"}))
     assert equals(checkpoint.load_weights(tmp_path / "in.pkl"), WEIGHTS)
 
 
-@pytest.mark.parametrize("digest", ["", "content_sha256:0", 3, np.arange(3), {"content_sha256": 1}])
-def test_wrong_digest_is_refused(digest: Any, tmp_path: Path) -> None:
-    (tmp_path / "in.pkl").write_bytes(pickle.dumps({"model": {"a": np.arange(3)}, DIGEST: digest}))
-    with pytest.raises(DamagedFileError, match="its content does not match its checksum; convert the checkpoint again"):
+@pytest.mark.parametrize("checksum", ["", f"{CHECKSUM}:0", 3, np.arange(3), {CHECKSUM: 1}])
+def test_wrong_checksum_is_refused(checksum: Any, tmp_path: Path) -> None:
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps({"model": {"a": np.arange(3)}, CHECKSUM: checksum}))
+    with pytest.raises(DamagedFileError, match="its content does not match its checksum; download or make it again"):
         checkpoint.load(tmp_path / "in.pkl", "IN")
 
 

@@ -128,6 +128,27 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed(
     assert "not a checkpoint of this project" in line
 
 
+def test_values_that_are_not_finite_are_not_resumed(
+    finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(finished_run / "current.pth", weights_only=True)
+    state["model"]["grouping_q.slot_embed.weight"][3, 2] = float("inf")
+    torch.save(state, finished_run / "current.pth")
+    line = run_expecting_usage_error(main_pretrain.main, tiny("--auto-resume"), capsys)
+    assert "current.pth: model: grouping_q.slot_embed.weight holds values that are not finite" in line
+
+
+def test_earlier_checkpoint_than_a_damaged_one_is_resumed(
+    finished_run: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (finished_run / "current.pth").open("r+b") as file:
+        file.truncate(5000)
+    line = run_expecting_usage_error(main_pretrain.main, tiny("--auto-resume"), capsys)
+    assert line.endswith("; replace --auto-resume by --resume with an earlier ckpt_epoch_N.pth\n")
+    main_pretrain.main(tiny("--resume", str(finished_run / "ckpt_epoch_1.pth")))
+    assert "resumed after epoch 1" in (finished_run / "log.txt").read_text()
+
+
 def test_an_incomplete_line_of_metrics_is_dropped(finished_run: Path, tiny: Tiny) -> None:
     before = (finished_run / "metrics.jsonl").read_text()
     with (finished_run / "metrics.jsonl").open("a") as file:

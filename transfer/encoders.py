@@ -107,9 +107,7 @@ def extract_encoder(state: Mapping[str, Any], path: Path | str, which: str | Non
         description = "neither teacher nor student" if selected == "only" else f"the {selected}"
         raise UsageError(f"{path}: no {which} in it, its only encoder is {description}; omit --encoder to use that")
     arch = infer_arch(weights, str(path))
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
+    checkpoint.check_finite(weights, str(path))
     # Copies, because a tensor may be a view of a larger one, or shared.
     weights = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in weights.items()}
     provenance = converted or _checkpoint_metadata(state) | {

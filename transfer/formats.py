@@ -14,7 +14,7 @@ from transfer.encoders import PROVENANCE, EncoderWeights
 from utils.checkpoint import Weights
 from utils.errors import UsageError
 from utils.files import write_output
-from utils.integrity import DIGEST, add_digest
+from utils.integrity import CHECKSUM, add_checksum
 from utils.resnet_names import detectron2_name
 
 
@@ -38,8 +38,8 @@ def _write_torch(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -
 
 def _write_safetensors(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
     metadata = {"format": "pt", PROVENANCE: json.dumps(provenance)}
-    digest = add_digest({**metadata, **weights})[DIGEST]
-    file.write(safetensors.torch.save(weights, metadata | {DIGEST: digest}))
+    checksum = add_checksum({**metadata, **weights})[CHECKSUM]
+    file.write(safetensors.torch.save(weights, metadata | {CHECKSUM: checksum}))
 
 
 def _write_detectron2(file: BinaryIO, weights: Weights, provenance: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def _write_detectron2(file: BinaryIO, weights: Weights, provenance: dict[str, An
     # `backbone.` (C4).
     model = {name: value.numpy() for name, value in weights.items()}
     state = {"model": model, "__author__": "slot pre-training", "matching_heuristics": True, PROVENANCE: provenance}
-    pickle.dump(add_digest(state), file, protocol=4)
+    pickle.dump(add_checksum(state), file, protocol=4)
 
 
 FORMATS = {

@@ -74,9 +74,7 @@ def load_slot_model(path: Path | str, which: str | None = None, output_stride: i
     prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
     if prototypes is None or not projector_weights:
         raise UsageError(f"{path}: no prototypes in it; use a complete checkpoint of slotcon or slotfa")
-    for name, value in {**projector_weights, "prototypes": prototypes}.items():
-        if not value.isfinite().all():
-            raise UsageError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
+    checkpoint.check_finite(projector_weights | {"prototypes": prototypes}, str(path))
     projector = _build_projector(projector_weights, f"{path}: projector_{suffix}")
     dim = len(projector_weights["mlp.6.weight"])
     if prototypes.ndim != 2 or prototypes.shape[1] != dim:

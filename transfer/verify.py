@@ -52,7 +52,7 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, tar
     encoder = read_encoder(source, which)
     weights, provenance = _read_converted(converted)
     if target and (made_for := provenance.get("format", target)) != target:
-        raise UsageError(f"{converted}: is made for {made_for}, not for {target}")
+        raise UsageError(f"{converted}: is made for {made_for}, not for {target}; use convert.py with --to {made_for}")
     arch = infer_arch(weights, str(converted))
     if arch != encoder.arch:
         raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")

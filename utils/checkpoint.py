@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from utils import safe_pickle
 from utils.errors import UsageError
 from utils.files import atomic_write
-from utils.integrity import DamagedFileError, check_digest
+from utils.integrity import ADVICE, DamagedFileError, check_checksum
 from utils.resnet_names import torchvision_name
 
 Weights = dict[str, Tensor]
@@ -40,11 +41,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise UsageError(reason) from None
 
 
-def load(path: Path | str, flag: str) -> dict[str, Any]:
+def load(path: Path | str, flag: str, advice: str = ADVICE) -> dict[str, Any]:
     """Return a checkpoint, on the CPU: tensors, numbers and strings in dicts, lists and tuples.
 
     A released file's `argparse.Namespace` becomes a dict; a `.safetensors` file gives its metadata and its tensors in
     one dict; the arrays of detectron2's `.pkl` become tensors.
+
+    Args:
+        flag: the flag or argument that names the file, which begins the messages.
+        advice: what to do about a damaged file, which ends the messages.
 
     Raises:
         UsageError: naming `flag`, if the file is missing, or holds code (none of which runs).
@@ -58,7 +63,6 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
     if path.suffix == ".pkl" and not safe_pickle.is_torch_file(path):
         return _to_tensors(safe_pickle.load_arrays(path, flag))
     is_safetensors = path.suffix == ".safetensors"
-    advice = "convert the checkpoint again" if is_safetensors else "use another, such as an earlier epoch's"
     try:
         state = _load_safetensors(path) if is_safetensors else safe_pickle.load_torch(path)
     except DamagedFileError as error:
@@ -77,7 +81,7 @@ def load(path: Path | str, flag: str) -> dict[str, Any]:
 def _load_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="pt") as file:
         state = {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-    check_digest(state)
+    check_checksum(state)
     return state
 
 
@@ -126,7 +130,7 @@ def checkpoint_args(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weights]:
-    """Find an encoder in `weights`; a ResNet with detectron2's names gets torchvision's.
+    """Find an encoder in `weights`; the ResNet in a file of detectron2 gets torchvision's names.
 
     Args:
         prefer: which one to return of a file that has both, `teacher` or `student`.
@@ -135,8 +139,7 @@ def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weight
         Which one it is, `teacher`, `student`, or `only` where the file is a single encoder, and its weights without
         their prefix and without a classifier; both are empty if there is none.
     """
-    if "stem.conv1.weight" in weights:
-        weights = {torchvision_name(name): value for name, value in weights.items()}
+    weights = _rename_detectron2(weights) or weights
     bare = "conv1.weight" in weights or "patch_embed.proj.weight" in weights
     for which in sorted(_ENCODER_PREFIXES, key=lambda name: (name == "only", name != prefer)):
         for prefix in (*_ENCODER_PREFIXES[which], *([""] if which == "only" and bare else [])):
@@ -147,11 +150,38 @@ def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weight
     return "", {}
 
 
+def _rename_detectron2(weights: Weights) -> Weights:
+    """Return the ResNet of a backbone or a detector of detectron2 by torchvision's names; {} if there is none.
+
+    A detector has it below `backbone.bottom_up.` (FPN) or `backbone.` (C4, with its last stage in `roi_heads.res5`).
+    """
+    for prefix in ("", "backbone.bottom_up.", "backbone."):
+        if f"{prefix}stem.conv1.weight" in weights:
+            matches = [re.match(rf"{re.escape(prefix)}|roi_heads\.(?=res5\.\d)", name) for name in weights]
+            parts = zip(weights, matches, strict=True)
+            return {torchvision_name(name[match.end() :]): weights[name] for name, match in parts if match}
+    return {}
+
+
 def _add_batch_counters(weights: Weights) -> Weights:
     """Add `num_batches_tracked` = 0 to batch norms without it, as files written before torch 0.4 have them."""
     means = [name for name in weights if name.endswith("running_mean")]
     counters = [name.replace("running_mean", "num_batches_tracked") for name in means]
     return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in weights} | weights
+
+
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Check that all values are finite.
+
+    Args:
+        where: the file, as messages name it.
+
+    Raises:
+        UsageError: naming the first tensor with values that are not finite.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{where}: {name} holds values that are not finite; use another checkpoint")
 
 
 def first_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor | tuple[int, ...]]) -> str:
@@ -178,7 +208,7 @@ def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
         The names of the parts that were copied.
 
     Raises:
-        UsageError: the file has no encoder, or a part of it does not fit.
+        UsageError: the file has no encoder, or a part of it does not fit or has values that are not finite.
     """
     weights = load_weights(path)
     taken = []
@@ -186,6 +216,7 @@ def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
         part = _find_part(weights, name)
         if part and not _other_num_prototypes(part, module):
             load_strict(module, part, f"--init {path}: {name}")
+            check_finite(part, f"--init {path}: {name}")
             taken.append(name)
     if "encoder_q" not in taken:
         raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k., bare ResNets and ViTs)")

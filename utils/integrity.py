@@ -1,4 +1,4 @@
-"""Detect damaged files: the checksums of zip archives, which PyTorch does not check, and a digest for other formats."""
+"""Detect damaged files: the checksums of zip archives, which PyTorch does not check, and one for other formats."""
 
 import hashlib
 import json
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from utils.errors import UsageError
 
-DIGEST = "content_sha256"
-"""The key of the digest in a `.safetensors` or `.pkl` file that this project wrote; the value begins with it."""
+CHECKSUM = "slot_pretraining_sha256"
+"""The key of the checksum in a `.safetensors` or `.pkl` file that this project wrote; the value begins with it."""
+
+ADVICE = "download or make it again, or use another checkpoint"
+"""What to do about a damaged file; part of messages."""
 
 _END_RECORD_SIZE = 22
 """Bytes of the record that ends a zip archive."""
@@ -63,48 +66,48 @@ def _find_damage(archive: zipfile.ZipFile) -> str:
     return f"{damaged!r} has a wrong checksum" if damaged else ""
 
 
-def add_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file with its digest, the SHA-256 of all names, data types, shapes and values.
+def add_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a file with its checksum, the SHA-256 of all names, data types, shapes and values.
 
     Args:
         content: nested dicts of arrays, tensors, and what JSON can represent. Neither the order of their entries nor
-            the file format has an effect on the digest.
+            the file format has an effect on the checksum.
     """
-    return {**content, DIGEST: _compute_digest(content)}
+    return {**content, CHECKSUM: _compute_checksum(content)}
 
 
-def check_digest(content: Mapping[str, Any]) -> None:
-    """Check the digest of a file's content, if it has one.
+def check_checksum(content: Mapping[str, Any]) -> None:
+    """Check the checksum of a file's content, if it has one of this project.
 
     Raises:
-        DamagedFileError: the content has another digest; the message does not name the file.
+        DamagedFileError: the content has another checksum; the message does not name the file.
     """
     texts = [text for entry in content.items() for text in entry if isinstance(text, str)]
-    if not any(text.startswith(DIGEST) for text in texts):  # recognized by its value as well, if its key is damaged
+    if not any(text.startswith(CHECKSUM) for text in texts):  # recognized by its value as well, if its key is damaged
         return
     try:
-        matches = str(content.get(DIGEST)) == _compute_digest(content)
+        matches = str(content.get(CHECKSUM)) == _compute_checksum(content)
     except (TypeError, ValueError, RecursionError):
         matches = False
     if not matches:
         raise DamagedFileError("its content does not match its checksum")
 
 
-def _compute_digest(content: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
+def _compute_checksum(content: Mapping[str, Any]) -> str:
+    sha256 = hashlib.sha256()
     for path, value in _leaves(content, ()):
         if isinstance(value, (np.ndarray, Tensor)):
             array = np.ascontiguousarray(value)
-            digest.update(json.dumps([path, array.dtype.name, np.shape(value)]).encode())
-            digest.update(array.reshape(-1).view(np.uint8).data)
+            sha256.update(json.dumps([path, array.dtype.name, np.shape(value)]).encode())
+            sha256.update(array.reshape(-1).view(np.uint8).data)
         else:
-            digest.update(json.dumps([path, value], sort_keys=True).encode())
-    return f"{DIGEST}:{digest.hexdigest()}"
+            sha256.update(json.dumps([path, value], sort_keys=True).encode())
+    return f"{CHECKSUM}:{sha256.hexdigest()}"
 
 
 def _leaves(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in sorted(content.items()):
         if isinstance(value, Mapping):
             yield from _leaves(value, (*path, name))
-        elif (*path, name) != (DIGEST,):
+        elif (*path, name) != (CHECKSUM,):
             yield (*path, name), value

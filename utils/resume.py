@@ -17,6 +17,7 @@ import torchvision
 from utils import checkpoint, distributed
 from utils.errors import UsageError
 from utils.files import link_or_copy, write_output
+from utils.integrity import ADVICE
 from utils.run import Run
 
 # Arguments that select how a run starts.
@@ -138,13 +139,15 @@ def restore(run: Run, path: Path) -> tuple[int, list[str]]:
         UsageError: the file is not a checkpoint of this project, does not fit, or was made with other arguments.
     """
     flag = "--resume" if run.args.resume and path == Path(run.args.resume) else "--auto-resume"
-    state = checkpoint.load(path, flag)
+    auto_advice = "replace --auto-resume by --resume with an earlier ckpt_epoch_N.pth"
+    state = checkpoint.load(path, flag, ADVICE if flag == "--resume" else auto_advice)
     types = {"args": dict, "model": dict, "optimizer": dict, "scaler": dict, "epoch": int}
     if not all(isinstance(state.get(name), kind) for name, kind in types.items()):
         raise UsageError(f"{flag} {path}: not a checkpoint of this project; use --init to start from its weights")
     try:
         messages = check_changes(state["args"], run.metadata, run.args.allow_changes)
         checkpoint.load_strict(run.method, state["model"], "model")
+        checkpoint.check_finite(state["model"], "model")
         _restore_optimizer(run, state["optimizer"])
     except UsageError as error:
         raise UsageError(f"{flag} {path}: {error}") from None

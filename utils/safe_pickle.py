@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UsageError
-from utils.integrity import DamagedFileError, check_archive, check_digest, is_archive
+from utils.integrity import ADVICE, DamagedFileError, check_archive, check_checksum, is_archive
 
 
 def load_torch(path: Path | str) -> Any:
@@ -47,7 +47,7 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
 
     Raises:
         UsageError: naming `flag`, if the file is missing or holds anything else.
-        DamagedFileError: naming `flag`, if it is truncated or does not match its own digest.
+        DamagedFileError: naming `flag`, if it is truncated or does not match its own checksum.
     """
     if not path.is_file():
         raise UsageError(f"{flag} {path}: no such file")
@@ -58,15 +58,15 @@ def load_arrays(path: Path, flag: str) -> dict[str, Any]:
     except _RefusedError as error:
         raise UsageError(f"{flag} {path}: refused, it holds more than arrays and numbers ({error})") from None
     except Exception:  # a damaged file raises errors of many types
-        raise DamagedFileError(f"{flag} {path}: truncated or no checkpoint; convert the checkpoint again") from None
+        raise DamagedFileError(f"{flag} {path}: truncated or no checkpoint; {ADVICE}") from None
     if not isinstance(state, dict):
         raise UsageError(f"{flag} {path}: holds a {type(state).__name__}, not weights")
     if not state:
         raise UsageError(f"{flag} {path}: no weights in it")
     try:
-        check_digest(state)
+        check_checksum(state)
     except DamagedFileError as error:
-        raise DamagedFileError(f"{flag} {path}: damaged: {error}; convert the checkpoint again") from None
+        raise DamagedFileError(f"{flag} {path}: damaged: {error}; {ADVICE}") from None
     return state
 
 
