@@ -1,4 +1,4 @@
-"""mmsegmentation's dataset for a folder of images and masks; configs/folder imports it."""
+"""The mmsegmentation dataset for a folder of images and masks, which configs/folder imports."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A folder of one's own images with mmsegmentation's default FCN: output stride 8, auxiliary head.
+"""A custom dataset, a folder of images and masks, with mmsegmentation's default FCN: output stride 8, auxiliary head.
 
 train.py sets the values that are None here: the folder and its classes from --data-dir and --classes, batch, learning
 rate and number of iterations from the number of training images.
@@ -43,7 +43,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-auto_scale_lr = dict(base_batch_size=None)  # the largest power of two up to 16 and up to the number of images
+auto_scale_lr = dict(base_batch_size=None)  # 16, or the number of images if it is smaller
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="SGD", lr=None, momentum=0.9, weight_decay=0.0005),  # 0.01 for a batch of 16
