@@ -33,7 +33,7 @@ from tests.segmentation_data import (
 pytest.importorskip("mmseg")
 
 from transfer import convert
-from transfer.segmentation import folder_config, mm_config, test, train
+from transfer.segmentation import folder_files, mm_config, test, train
 from utils.checkpoint import Weights
 
 CAPSYS = pytest.CaptureFixture[str]
@@ -219,7 +219,7 @@ def test_config_has_the_released_schedule(config_and_recipe: tuple[Any, dict[str
 
 
 def test_released_normalization_pads_with_zeros_and_void() -> None:
-    """Levels 0 to 255 are normalized by the statistics of levels 0 to 1, in RGB, and padded afterwards."""
+    """Pixel values in [0, 255] are normalized by the statistics of values in [0, 1], in RGB, and padded afterwards."""
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
@@ -247,6 +247,19 @@ def test_evaluation_of_the_first_images_only() -> None:
     assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 4
 
 
+def test_config_of_a_run_on_the_first_images_evaluates_all(tmp_path: Path) -> None:
+    mm_config.import_and_register_mmseg()
+    from mmseg.registry import DATASETS
+
+    def num_images(*flags: str) -> int:
+        return len(DATASETS.build(load_config(tmp_path / "config.py", *flags).val_dataloader.dataset))
+
+    load_config(VOC_CONFIG, "--max-val-images", "1").dump(tmp_path / "config.py")
+    assert num_images() == 2
+    assert num_images("--max-val-images", "1") == 1
+    assert num_images("--cfg-options", "val_dataloader.dataset.indices=1") == 1
+
+
 def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
     mm_config.import_and_register_mmseg()
     from mmseg.registry import DATASETS
@@ -261,8 +274,7 @@ def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
 
 
 def load_config(path: Path, *flags: str) -> Any:
-    parser = mm_config.make_mmseg_parser("", "PRETRAINED", "")
-    return mm_config.load_config(parser.parse_args([str(path), "none", *flags]))
+    return train.load_training_config(train.parse_args([str(path), "none", *flags]))[0]
 
 
 @pytest.mark.parametrize(("gpus", "batch_size"), [(1, 16), (4, 4), (16, 1)])
@@ -294,14 +306,14 @@ def test_several_gpus_start_torchrun_after_the_checks(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One's own images and masks, and the names of their classes."""
+    """A custom dataset, and the names of its classes."""
     root = make_folder(tmp_path_factory.mktemp("folder"))
     (root / "classes.txt").write_text("# in the order of the masks\n" + "".join(f"{name}\n" for name in demo.CLASSES))
     return root
 
 
 def folder_command(folder: Path, weights: Path, run: Path, *overrides: str) -> list[str]:
-    """Return the arguments of a run on one's own images with a ResNet-18 in place of the config's ResNet-50."""
+    """Return the arguments of a run on a custom dataset with a ResNet-18 in place of the config's ResNet-50."""
     argv = [str(FOLDER_CONFIG), str(weights), "--work-dir", str(run), "--data-dir", str(folder)]
     argv += ["--classes", str(folder / "classes.txt"), "--crop-size", "32", "--max-val-images", "2", "--cfg-options"]
     argv += ["model.backbone.depth=18", "model.decode_head.in_channels=512", "model.auxiliary_head.in_channels=256"]
@@ -313,50 +325,43 @@ def folder_command(folder: Path, weights: Path, run: Path, *overrides: str) -> l
 def test_folder_of_images_trains_resumes_and_evaluates(
     folder: Path, pretrained: Path, tmp_path: Path, capsys: CAPSYS
 ) -> None:
-    run = tmp_path / "run"
-    train.main(folder_command(folder, pretrained, run, "train_cfg.max_iters=2"))
+    data, run = Path(shutil.copytree(folder, tmp_path / "data")), tmp_path / "run"
+    train.main(folder_command(data, pretrained, run, "train_cfg.max_iters=2"))
     output = capsys.readouterr().out
-    assert "5 training and 5 validation images of 12 classes; 1 images without a mask are left out" in output
-    assert "2 iterations of 4 images, learning rate 0.0025, evaluation every 1 iterations" in output
+    assert "5 training and 5 validation images of 12 classes; 1 image without a mask is left out\n" in output
+    assert "2 iterations of 5 images, learning rate 0.003125, evaluation every 1 iterations" in output
     assert list(read_losses(run)) == [1, 2]
-    train.main([*folder_command(folder, pretrained, run, "train_cfg.max_iters=3"), "--resume"])
+    (data / "val/images/4.jpg").write_text("damaged")  # not read: the first run checked it, and two are evaluated
+    train.main([*folder_command(data, pretrained, run, "train_cfg.max_iters=3"), "--resume"])
     results = json.loads((run / "results.json").read_text())
     assert results["step"] == 3
     assert 0 <= results["metrics"]["mIoU"] <= 100
 
+    shutil.rmtree(data / "train")
     config = run / FOLDER_CONFIG.name  # as the run wrote it, with its data and its classes
-    assert "init_cfg" in config.read_text()
-    test.main([str(config), str(run / "iter_3.pth")])
-    assert json.loads((run / "test.json").read_text())["metrics"] == results["metrics"]
-    written = config.read_text()  # now by the evaluation
+    written = config.read_text()
     assert demo.CLASSES[0] in written
-    assert "retrained" not in written
-    assert "init_cfg" not in written
+    test.main([str(config), str(run / "iter_3.pth"), "--max-val-images", "2"])
+    assert json.loads((run / "test.json").read_text())["metrics"] == results["metrics"]
+    assert config.read_text() == written
+    assert "retrained" not in (run / "test" / FOLDER_CONFIG.name).read_text()
+    shutil.rmtree(data / "val/masks")
+    error = run_expecting_usage_error(test.main, [str(config), str(run / "iter_3.pth")], capsys)
+    assert f"{data / 'val/images'}: no image has a mask of its name in {data / 'val/masks'}" in error
 
-    error = [str(FOLDER_CONFIG), str(run / "iter_3.pth"), "--work-dir", str(tmp_path / "other")]
-    assert "use the config in the run's --work-dir" in run_expecting_usage_error(test.main, error, capsys)
+    argv = [str(FOLDER_CONFIG), str(run / "iter_3.pth"), "--work-dir", str(tmp_path / "other")]
+    assert "use the config in the run's --work-dir" in run_expecting_usage_error(test.main, argv, capsys)
     argv = [*folder_command(folder, pretrained, run), "--resume", "--classes", "13"]
     assert "does not fit the config's model" in run_expecting_usage_error(train.main, argv, capsys)
 
 
-@pytest.mark.parametrize(
-    ("images", "batch_size", "iterations"),
-    [(1, 1, 9000), (3, 2, 7800), (100, 16, 5600), (5000, 16, 39800), (20210, 16, 80000), (10**6, 16, 80000)],
-)
-def test_schedule_follows_the_number_of_images(images: int, batch_size: int, iterations: int) -> None:
-    assert folder_config.default_batch_size(images) == batch_size
-    assert folder_config.default_iterations(images, batch_size) == iterations
-    assert folder_config.default_iterations(images, 2 * batch_size) == pytest.approx(iterations / 2, abs=50)
-
-
-def test_schedule_of_a_folder_follows_its_overrides(folder: Path) -> None:
+def test_schedule_of_a_folder_follows_its_overrides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*flags: str) -> Any:
-        argv = [str(FOLDER_CONFIG), "none", "--data-dir", str(folder), "--classes", "12", *flags]
-        return mm_config.load_config(train._parse_args(argv))
+        return load_config(FOLDER_CONFIG, "--data-dir", str(folder), "--classes", "12", *flags)
 
-    cfg = load()
-    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (5000, 1000, 4)
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.0025, 5000)
+    cfg = load()  # 80,000 x sqrt(5 / 20,210) x 16 / 5 iterations
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.train_dataloader.batch_size) == (4027, 806, 5)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].end) == (0.003125, 4027)
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 12
     assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (512, 512)
     cfg = load("--cfg-options", "train_cfg.max_iters=100", "auto_scale_lr.base_batch_size=8")
@@ -366,6 +371,9 @@ def test_schedule_of_a_folder_follows_its_overrides(folder: Path) -> None:
     assert (cfg.optim_wrapper.optimizer.lr, cfg.train_cfg.val_interval) == (0, 7)
     assert cfg.train_dataloader.dataset.pipeline[2].scale == cfg.val_dataloader.dataset.pipeline[1].scale == (192, 48)
     assert cfg.train_dataloader.dataset.pipeline[3].crop_size == cfg.model.data_preprocessor.size == (48, 48)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = load("--gpus", "2")
+    assert (cfg.auto_scale_lr.base_batch_size, cfg.train_dataloader.batch_size) == (4, 2)
 
 
 def test_image_of_a_folder_is_read_as_it_is_stored(folder: Path, tmp_path: Path) -> None:
@@ -377,8 +385,8 @@ def test_image_of_a_folder_is_read_as_it_is_stored(folder: Path, tmp_path: Path)
     exif = Image.Exif()
     exif[274] = 6  # turned by 90 degrees
     Image.open(data / "val/images/0.jpg").save(data / "val/images/0.jpg", exif=exif)
-    argv = [str(FOLDER_CONFIG), "none", "--data-dir", str(data), "--classes", "12", "--crop-size", "64"]
-    dataset = DATASETS.build(mm_config.load_config(train._parse_args(argv)).val_dataloader.dataset)
+    cfg = load_config(FOLDER_CONFIG, "--data-dir", str(data), "--classes", "12", "--crop-size", "64")
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
     item = dataset[0]
     assert item["inputs"].shape == (3, SIZE, SIZE + 16)
     labels = np.array(Image.open(data / "val/masks/0.png"))
@@ -403,11 +411,11 @@ def truncate(path: Path) -> None:
 
 
 WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (shutil.rmtree, "no such folder"),
-    "no_images": (lambda folder: shutil.rmtree(folder / "val/images"), "no image in val/images has a mask of its name"),
+    "missing": (shutil.rmtree, "data: no such folder"),
+    "no_images": (lambda folder: shutil.rmtree(folder / "val/images"), "val/images: no image has a mask of its name"),
     "no_masks": (
         lambda folder: shutil.rmtree(folder / "train/masks"),
-        "no image in train/images has a mask of its name",
+        "train/images: no image has a mask of its name",
     ),
     "mask_without_image": (
         lambda folder: (folder / "train/images/1.png").unlink(),
@@ -440,6 +448,41 @@ def test_folder_that_cannot_be_trained_on_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_each_file_of_a_folder_is_read_once_with_a_progress_bar(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: CAPSYS
+) -> None:
+    opened: list[Path] = []
+
+    def record(path: Path) -> Image.Image:
+        opened.append(path)
+        return read(path)
+
+    read = Image.open
+    monkeypatch.setattr(Image, "open", record)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    argv = [str(FOLDER_CONFIG), "none", "--data-dir", str(folder), "--classes", "12"]
+    splits = train.load_training_config(train.parse_args(argv))[1]
+    assert splits
+    folder_files.check_files(*splits, num_classes=12)
+    files = [path for path in folder.rglob("*.*") if path.parent.parent.parent == folder]
+    assert sorted(opened) == sorted(path for path in files if path.stem != "unlabeled")
+    assert "checking files: 100%" in capsys.readouterr().err
+
+
+def test_image_with_too_many_pixels_is_refused(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: CAPSYS
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE**2 // 2)
+    argv = folder_command(folder, pretrained, tmp_path / "run")
+    assert "0.jpg: cannot be read (Image size" in run_expecting_usage_error(train.main, argv, capsys)
+
+
+def test_file_of_class_names_may_begin_with_a_byte_order_mark(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\r\n# comment\r\ndog\r\n")
+    cfg = load_config(FOLDER_CONFIG, "--data-dir", str(folder), "--classes", str(tmp_path / "classes.txt"))
+    assert cfg.val_dataloader.dataset.metainfo.classes == ("cat", "dog")
+
+
 def test_wrong_flags_of_a_folder_are_one_line(folder: Path, pretrained: Path, tmp_path: Path, capsys: CAPSYS) -> None:
     def error(*flags: str, config: Path = FOLDER_CONFIG) -> str:
         return run_expecting_usage_error(train.main, [str(config), str(pretrained), *flags], capsys)
@@ -447,6 +490,7 @@ def test_wrong_flags_of_a_folder_are_one_line(folder: Path, pretrained: Path, tm
     data = ("--data-dir", str(folder))
     assert "names no data; to train, add --data-dir and --classes" in error()
     assert "give both or neither" in error(*data)
+    assert "is a file; name a folder" in error("--data-dir", str(pretrained), "--classes", "12")
     assert "neither a number nor a file" in error(*data, "--classes", "twelve")
     assert "1 classes; there can be 2 to 255" in error(*data, "--classes", "1")
     (tmp_path / "twice.txt").write_text("cat\ndog\n\ncat\n")
@@ -470,13 +514,18 @@ UNSUITABLE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "not_converted": (
         lambda: {"model": {f"module.encoder_k.{name}": value for name, value in resnet18_weights().items()}},
-        "is a checkpoint that is not converted; convert it with transfer/segmentation/convert_pretrain_to_mm.py",
+        "its tensors are not named as mmsegmentation expects; convert it with "
+        "transfer/segmentation/convert_pretrain_to_mm.py",
     ),
-    "of_torchvision": (lambda: resnet18().state_dict(), "is a checkpoint that is not converted"),
-    "in_an_entry_that_mmengine_does_not_read": (lambda: {"model": resnet18_weights()}, "is not converted"),
+    "of_torchvision": (lambda: resnet18().state_dict(), "are not named as mmsegmentation expects"),
+    "in_an_entry_that_mmengine_does_not_read": (lambda: {"model": resnet18_weights()}, "are not named as"),
     "incomplete": (
         lambda: {name: value for name, value in resnet18_weights().items() if name != "layer4.1.bn2.bias"},
         "layer4.1.bn2.bias is missing",
+    ),
+    "not_finite": (
+        lambda: {"state_dict": resnet18_weights() | {"bn1.bias": torch.full((64,), torch.nan)}},
+        "bn1.bias holds values that are not finite",
     ),
 }
 
@@ -569,6 +618,8 @@ def test_checkpoint_of_another_model_is_not_evaluated(pretrained: Path, tmp_path
     torch.save({"state_dict": resnet18_weights(), "meta": {"iter": 2}}, path)
     argv = command(VOC_CONFIG, path, tmp_path / "run")
     assert "does not fit the config's model" in run_expecting_usage_error(test.main, argv, capsys)
+    torch.save({"state_dict": {"weight": torch.tensor(torch.inf)}, "meta": {"iter": 2}}, path)
+    assert "weight holds values that are not finite" in run_expecting_usage_error(test.main, argv, capsys)
 
 
 def test_missing_mmsegmentation_is_reported(capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ from utils.device import loader_workers
 from utils.errors import UsageError
 from utils.files import check_writable
 
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+
 
 def import_and_register_mmseg() -> None:
     """Import mmsegmentation and register its models, datasets and transforms.
@@ -78,12 +80,15 @@ def make_mmseg_parser(description: str, positional: str, positional_help: str) -
     return parser
 
 
-def load_config(args: argparse.Namespace) -> Any:
-    """Load the mmengine `Config` of a command, with its overrides, absolute data paths and batch size per GPU.
+def load_config(args: argparse.Namespace, loaders: Sequence[str]) -> Any:
+    """Load the mmengine `Config` of a command, with its overrides and absolute data paths.
+
+    Args:
+        loaders: the config's data loaders that the command uses, such as `val_dataloader`; their files have to exist.
 
     Raises:
-        UsageError: the config cannot be read, its data is not linked, its batch does not divide over the GPUs, or
-            --work-dir cannot be written.
+        UsageError: the config cannot be read, its data is not linked, --gpus is not possible here, or --work-dir
+            cannot be written.
     """
     if not args.config.is_file():
         raise UsageError(f"{args.config}: no such config; they are in transfer/segmentation/configs")
@@ -92,28 +97,30 @@ def load_config(args: argparse.Namespace) -> Any:
             "--cfg-options train_dataloader.batch_size: set auto_scale_lr.base_batch_size, the total of all GPUs"
         )
     cfg = _read_config(args)
-    if folder_config.uses_folder(cfg):
-        folder_config.set_schedule(cfg)
-    if args.max_val_images:
-        for dataset in _find_datasets([cfg.val_dataloader, cfg.test_dataloader]):
-            dataset.indices = args.max_val_images
     # A config that a run wrote to its folder has this entry.
     default = args.config.parent if "work_dir" in cfg else Path("work_dirs") / args.config.stem
     cfg.work_dir = str(args.work_dir or default)
     check_writable("--work-dir", Path(cfg.work_dir), overwrite=True, folder=True)
     cfg.launcher = "pytorch" if "RANK" in os.environ else "none"
-    _set_data_roots(cfg, data_root("segmentation"))
-    _set_loaders(cfg, _count_processes(args))
+    for name in _LOADERS:
+        _set_data_roots(cfg[name], data_root("segmentation"), must_exist=name in loaders)
+        cfg[name].num_workers = loader_workers(cfg[name].num_workers) if cfg[name].num_workers else 0
+        cfg[name].persistent_workers = cfg[name].num_workers > 0
+    _check_gpus(args)
     return cfg
 
 
 def _read_config(args: argparse.Namespace) -> Any:
-    """Read a config, and set the data of one's own images and then --cfg-options, which therefore win."""
+    """Read a config, and set the flags and then --cfg-options, which therefore win."""
     from mmengine.config import Config
 
     try:
         cfg = Config.fromfile(str(args.config))
         folder_config.set_folder(cfg, args)
+        for dataset in _find_datasets([cfg.val_dataloader, cfg.test_dataloader]):
+            dataset.pop("indices", None)  # of the --max-val-images of the run that wrote the config
+            if args.max_val_images:
+                dataset.indices = args.max_val_images
         cfg.merge_from_dict(args.cfg_options or {})
     except UsageError:
         raise
@@ -133,36 +140,52 @@ def launch_distributed(args: argparse.Namespace) -> None:
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
 
 
-def _count_processes(args: argparse.Namespace) -> int:
-    """Return the number of processes that share a batch.
+def _check_gpus(args: argparse.Namespace) -> None:
+    """Check --gpus.
 
     Raises:
-        UsageError: --gpus is more than this machine has, or 0 where mmengine would use a GPU.
+        UsageError: it is more than this machine has, or 0 where mmengine would use a GPU.
     """
-    if "RANK" in os.environ:
-        return distributed.world_size()
+    if "RANK" in os.environ or args.gpus is None:
+        return
     available = torch.cuda.device_count()
-    if args.gpus is not None and args.gpus > available:
+    if args.gpus > available:
         raise UsageError(f"--gpus {args.gpus}: this machine has {available}; 0 trains on the CPU")
     if args.gpus == 0 and available:  # mmengine uses every GPU that it sees
         raise UsageError("--gpus 0: run mim_dist_train.sh or mim_dist_test.sh, or set CUDA_VISIBLE_DEVICES=''")
-    return max(args.gpus or 1, 1)
 
 
-def _set_data_roots(cfg: Any, root: Path) -> None:
+def count_processes(args: argparse.Namespace) -> int:
+    """Return the number of processes that share a batch."""
+    return distributed.world_size() if "RANK" in os.environ else max(args.gpus or 1, 1)
+
+
+def set_batch_size(cfg: Any, processes: int) -> None:
+    """Divide the total batch, `auto_scale_lr.base_batch_size`, over the processes.
+
+    Raises:
+        UsageError: it does not divide evenly.
+    """
+    batch_size = cfg.auto_scale_lr.base_batch_size
+    if batch_size % processes:
+        raise UsageError(f"a batch of {batch_size} does not divide over {processes} GPUs; use another number of GPUs")
+    cfg.train_dataloader.batch_size = batch_size // processes
+
+
+def _set_data_roots(loader: Any, root: Path, must_exist: bool) -> None:
     """Replace the leading `data` of each dataset's `data_root` with `root`.
 
     Raises:
-        UsageError: a folder or list of files of a dataset does not exist.
+        UsageError: with `must_exist`, a folder or list of files of a dataset does not exist.
     """
-    for dataset in _find_datasets([cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader]):
+    for dataset in _find_datasets(loader):
         folder, advice = Path(dataset.data_root), "the config names it as the data's place"
         if folder.parts[0] == "data":
             folder = root.joinpath(*folder.parts[1:])
             advice = f"link the data below {root} as described in transfer/README.md"
         dataset.data_root = str(folder)
         for part in (*dataset.get("data_prefix", {}).values(), dataset.get("ann_file", "")):
-            if not (folder / part).exists():
+            if must_exist and not (folder / part).exists():
                 raise UsageError(f"{folder / part} does not exist; {advice}")
 
 
@@ -174,14 +197,3 @@ def _find_datasets(configs: Any) -> Iterator[Any]:
         for key in ("dataset", "datasets"):
             if key in cfg:
                 yield from _find_datasets(cfg[key])
-
-
-def _set_loaders(cfg: Any, processes: int) -> None:
-    """Divide the total batch, `auto_scale_lr.base_batch_size`, and the CPU cores over the processes."""
-    batch_size = cfg.auto_scale_lr.base_batch_size
-    if batch_size % processes:
-        raise UsageError(f"a batch of {batch_size} does not divide over {processes} GPUs; use another number of GPUs")
-    cfg.train_dataloader.batch_size = batch_size // processes
-    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.num_workers = loader_workers(loader.num_workers) if loader.num_workers else 0
-        loader.persistent_workers = loader.num_workers > 0

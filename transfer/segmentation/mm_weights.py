@@ -24,7 +24,8 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
         The weights and their provenance.
 
     Raises:
-        UsageError: the file is missing, damaged, not converted, incomplete or of another architecture.
+        UsageError: the file is missing, damaged, not converted, incomplete or of another architecture, or has values
+            that are not finite.
     """
     state = checkpoint.load(path, "PRETRAINED")
     weights = checkpoint.extract_weights(state, f"PRETRAINED {path}")
@@ -36,7 +37,8 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
     if path.suffix in _OTHER_FRAMEWORKS:
         raise UsageError(f"PRETRAINED {path}: is a {_OTHER_FRAMEWORKS[path.suffix]} file; {convert}")
     if "model" in state or checkpoint.first_mismatch(weights, expected):  # mmengine would not find all tensors
-        raise UsageError(f"PRETRAINED {path}: is a checkpoint that is not converted; {convert}")
+        raise UsageError(f"PRETRAINED {path}: its tensors are not named as mmsegmentation expects; {convert}")
+    checkpoint.check_finite(weights, f"PRETRAINED {path}")
     return weights, read_provenance(state)
 
 
@@ -68,13 +70,15 @@ def read_fine_tuned(path: Path, flag: str) -> dict[str, Any]:
         `state_dict`, the weights by the model's names, and `meta`, mmengine's description of the run.
 
     Raises:
-        UsageError: the file is missing, damaged, holds code, or is not mmengine's.
+        UsageError: the file is missing, damaged, holds code, is not mmengine's, or has values that are not finite.
     """
     state = checkpoint.load(path, flag)
     meta = state.get("meta")
     if "state_dict" not in state or not isinstance(meta, Mapping) or not isinstance(meta.get("iter"), int):
         raise UsageError(f"{flag} {path}: not a checkpoint of a fine-tuning, such as iter_30000.pth")
-    return {"state_dict": checkpoint.extract_weights(state, f"{flag} {path}"), "meta": meta}
+    weights = checkpoint.extract_weights(state, f"{flag} {path}")
+    checkpoint.check_finite(weights, f"{flag} {path}")
+    return {"state_dict": weights, "meta": meta}
 
 
 def check_model(weights: Weights, cfg: Any, where: str) -> None:

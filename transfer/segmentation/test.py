@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.results import write_json
 from transfer.segmentation import mm_config
+from transfer.segmentation.folder_config import uses_folder
+from transfer.segmentation.folder_files import find_split
 from transfer.segmentation.mm_weights import check_model, read_fine_tuned
 from utils import distributed
 from utils.errors import UsageError
@@ -31,24 +33,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a checkpoint with the config's metrics, and write them to `test.json` in the work folder.
 
+    The log and the config of the evaluation are written to `test/` in the work folder, because mmengine would
+    overwrite the config of the training.
+
     Raises:
-        UsageError: the checkpoint is missing, or not of the config's model.
+        UsageError: the checkpoint is missing, or not of the config's model, or the images to evaluate are missing.
     """
     from mmengine.model import is_model_wrapper
     from mmengine.runner import Runner
 
-    cfg = mm_config.load_config(args)
+    cfg = mm_config.load_config(args, ["test_dataloader"])
+    if uses_folder(cfg):
+        find_split(cfg.test_dataloader.dataset)
     cfg.model.backbone.pop("init_cfg", None)  # a training's config names its PRETRAINED, which is not used here
     state = read_fine_tuned(args.checkpoint, "CHECKPOINT")
     check_model(state["state_dict"], cfg, f"CHECKPOINT {args.checkpoint}")
     mm_config.launch_distributed(args)
+    work_dir = Path(cfg.work_dir)
+    cfg.work_dir = str(work_dir / "test")
     runner = Runner.from_cfg(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.load_state_dict(state["state_dict"])
     metrics = runner.test()
     if runner.rank == 0:
         results = {"step": state["meta"]["iter"], "metrics": metrics}
-        write_json(Path(runner.work_dir) / "test.json", results)
+        write_json(work_dir / "test.json", results)
 
 
 if __name__ == "__main__":

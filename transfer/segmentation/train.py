@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.results import write_json
 from transfer.segmentation import folder_config, mm_config
+from transfer.segmentation.folder_files import LabeledSplit, check_files, describe_data, find_split
+from transfer.segmentation.folder_schedule import describe_schedule, set_schedule
 from transfer.segmentation.mm_weights import check_model, read_fine_tuned, read_pretrained
 from utils import distributed
 from utils.checkpoint import Weights
@@ -23,14 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a usage error prints one line and exits with status 2."""
     try:
         mm_config.import_and_register_mmseg()
-        train(_parse_args(argv))
+        train(parse_args(argv))
     except UsageError as error:
         distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
         distributed.exit_with_error("interrupted; --resume continues from the last checkpoint", status=130)
 
 
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = mm_config.make_mmseg_parser(
         "Fine-tune a converted encoder with mmsegmentation.", "PRETRAINED", "an encoder from convert_pretrain_to_mm.py"
     )
@@ -48,15 +51,17 @@ def train(args: argparse.Namespace) -> None:
     """
     from mmengine.runner import Runner
 
-    cfg = mm_config.load_config(args)
+    cfg, splits = load_training_config(args)
     weights, provenance = read_pretrained(args.pretrained, cfg)
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(args.pretrained)}
     cfg.randomness = {"seed": args.seed}
     cfg.resume = args.resume
-    _check_work_dir(cfg, args)
-    if folder_config.uses_folder(cfg) and "RANK" not in os.environ:  # once, before the ranks start
-        folder_config.check_files(cfg)
-        print(folder_config.describe(cfg), flush=True)
+    resumes = _check_work_dir(cfg, args)
+    if splits and "RANK" not in os.environ:  # once, before the ranks start
+        num_classes = cfg.model.decode_head.num_classes
+        if not resumes:
+            check_files(*splits, num_classes)
+        print(f"{describe_data(*splits, num_classes)}\n{describe_schedule(cfg)}", flush=True)
     mm_config.launch_distributed(args)
     if args.resume:
         # mmengine stores pickled loss histories in a checkpoint, which torch's default reader refuses.
@@ -67,19 +72,42 @@ def train(args: argparse.Namespace) -> None:
     runner.train()
 
 
-def _check_work_dir(cfg: Any, args: argparse.Namespace) -> None:
+def load_training_config(args: argparse.Namespace) -> tuple[Any, tuple[LabeledSplit, LabeledSplit] | None]:
+    """Load the config of a training, with its schedule and the batch size per process.
+
+    Returns:
+        The config, and the training and validation split of a custom dataset, or None for another dataset.
+
+    Raises:
+        UsageError: as `mm_config.load_config`; or the batch does not divide over the GPUs, or images or masks are
+            missing.
+    """
+    cfg = mm_config.load_config(args, ["train_dataloader", "val_dataloader"])
+    processes, splits = mm_config.count_processes(args), None
+    if folder_config.uses_folder(cfg):
+        splits = find_split(cfg.train_dataloader.dataset), find_split(cfg.val_dataloader.dataset)
+        set_schedule(cfg, len(splits[0].pairs), processes)
+    mm_config.set_batch_size(cfg, processes)
+    return cfg, splits
+
+
+def _check_work_dir(cfg: Any, args: argparse.Namespace) -> bool:
     """Check that a new run overwrites no other, and that a resumed run's checkpoint can be used.
+
+    Returns:
+        Whether there is a checkpoint to resume from.
 
     Raises:
         UsageError: the folder contains another run, or the checkpoint is damaged, holds code, or is of another model.
     """
     last = Path(cfg.work_dir) / "last_checkpoint"
     if not last.exists():
-        return
+        return False
     if not args.resume:
         raise UsageError(f"--work-dir {cfg.work_dir}: already contains a run; add --resume, or use another folder")
     path = Path(last.read_text().strip())
     check_model(read_fine_tuned(path, "--resume")["state_dict"], cfg, f"--resume {path}")
+    return True
 
 
 def _make_hooks(weights: Weights, provenance: dict[str, Any]) -> list[Any]:
