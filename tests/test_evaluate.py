@@ -1,5 +1,6 @@
 """`scripts/evaluate.sh`: fine-tunings, the table of their metrics, estimates of their time, and resuming."""
 
+import argparse
 import json
 import os
 import signal
@@ -17,11 +18,12 @@ from torchvision.models import resnet18, resnet50
 
 from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
-from transfer import evaluate, evaluation_runs
+from transfer import evaluate, evaluation_plan, evaluation_runs
 from transfer.encoders import EncoderWeights
 from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS, TRANSFER
-from transfer.recipe_options import change_schedule, parse_options
-from transfer.training_time import Gflop, Schedule, estimate_seconds, format_duration
+from transfer.recipe_options import add_max_val_images, change_length, parse_options
+from transfer.recipe_records import compute_config_checksum
+from transfer.training_time import ImageFlops, RunLength, estimate_seconds, format_duration
 from transfer.verify import verify
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.sh"
@@ -96,7 +98,7 @@ class Command:
         rows = json.loads((self.out / "results.json").read_text())["results"]
         return {(row["name"], row["metric"]): row for row in rows}
 
-    def build_command(self, _: object, run: evaluation_runs.Run, encoder: EncoderWeights) -> list[str]:
+    def build_command(self, _: object, run: evaluation_runs.FineTuningRun, encoder: EncoderWeights) -> list[str]:
         code = self.programs.get(run.name, SUCCESS)
         return [sys.executable, "-I", "-S", "-c", code, str(run.folder / "run"), str(run.seed)]
 
@@ -126,7 +128,7 @@ def read_encoder(path: Path, which: str | None) -> EncoderWeights:
 
 def make_required(root: Path, name: str) -> list[Path]:
     """Make the files and folders that a fine-tuning requires, and return their paths."""
-    paths = [root / path.replace("*", "x") for path in FINE_TUNINGS[name].data.required]
+    paths = [root / path.replace("*", "x") for path in FINE_TUNINGS[name].dataset.required]
     for path in paths:
         (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
         if path.suffix:
@@ -199,13 +201,30 @@ def test_reason_of_a_failure_is_one_short_line(code: str, reason: str, command: 
 
 
 def test_interrupted_call_resumes(command: Command, capsys: CAPSYS) -> None:
-    command.programs["coco"] = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    command.programs["coco"] = f"import os, time; os.kill({os.getpid()}, {signal.SIGTERM}); time.sleep(60)"
     assert command.run("--only", "coco", "voc12aug") == 130
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
     assert [row["note"] for row in command.rows().values()] == ["not finished"] * 3
     del command.programs["coco"]
     assert command.run("--only", "voc12aug", "coco") == 0
     assert command.rows()["coco", "box AP"]["values"] == [40]
+
+
+def test_signal_at_the_start_of_a_run_ends_its_process(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = []
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        processes.append(popen(*args, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return processes[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    command.programs["coco"] = "import time; time.sleep(60)"
+    assert command.run("--only", "coco") == 130
+    status = processes[0].poll()
+    processes[0].kill()
+    assert status == -signal.SIGTERM
 
 
 def test_name_that_is_given_twice_runs_once(command: Command, capsys: CAPSYS) -> None:
@@ -225,7 +244,7 @@ def test_each_missing_path_is_named(name: str, command: Command) -> None:
     fine_tuning = FINE_TUNINGS[name]
     root = command.folder / fine_tuning.task
     assert fine_tuning.why_unavailable("resnet50") == ""
-    for path, required in zip(make_required(root, name), fine_tuning.data.required):
+    for path, required in zip(make_required(root, name), fine_tuning.dataset.required):
         path.rename(command.folder / "moved")
         assert fine_tuning.why_unavailable("resnet50") == f"{root / required} does not exist"
         (command.folder / "moved").rename(path)
@@ -255,7 +274,7 @@ def test_nothing_linked_is_said_in_a_short_line(
     assert command.run("--only", *DEFAULT_NAMES) == 2
     output = capsys.readouterr()
     assert output.err.endswith(
-        "nothing can run: no complete dataset in data; detectron2 is not installed; "
+        "no fine-tuning can run: no complete dataset in data; detectron2 is not installed; "
         'see "Install" and "Link the data" in transfer/README.md\n'
     )
     assert "skipped ade20k: data/ade/ADEChallengeData2016/images/training does not exist\n" in output.out
@@ -267,13 +286,12 @@ def test_nothing_linked_is_said_in_a_short_line(
 def test_required_paths_and_length_are_those_of_the_config(name: str) -> None:
     fine_tuning = FINE_TUNINGS[name]
     read_config = {"detection": read_detection_config, "segmentation": read_segmentation_config}[fine_tuning.task]
-    config = TRANSFER / fine_tuning.task / "configs" / fine_tuning.config.format(method="SlotCon")
-    paths, schedule = read_config(str(config))
-    assert fine_tuning.schedule == schedule
-    assert {path for path in fine_tuning.data.required if "*" not in path} == paths
+    paths, length = read_config(str(fine_tuning.config_path()))
+    assert fine_tuning.length == length
+    assert {path for path in fine_tuning.dataset.required if "*" not in path} == paths
 
 
-def read_segmentation_config(path: str) -> tuple[set[str], Schedule]:
+def read_segmentation_config(path: str) -> tuple[set[str], RunLength]:
     pytest.importorskip("mmseg")
     from mmengine.config import Config
 
@@ -284,10 +302,10 @@ def read_segmentation_config(path: str) -> tuple[set[str], Schedule]:
             parts = [*dataset.data_prefix.values(), dataset.get("ann_file", "")]
             paths |= {str(Path(dataset.data_root, part).relative_to("data")) for part in parts if part}
     length = cfg.train_cfg
-    return paths, Schedule(length.max_iters, cfg.auto_scale_lr.base_batch_size, length.val_interval)
+    return paths, RunLength(length.max_iters, cfg.auto_scale_lr.base_batch_size, length.val_interval)
 
 
-def read_detection_config(path: str) -> tuple[set[str], Schedule]:
+def read_detection_config(path: str) -> tuple[set[str], RunLength]:
     pytest.importorskip("detectron2")
     from detectron2.config import get_cfg
     from detectron2.data import MetadataCatalog
@@ -302,7 +320,7 @@ def read_detection_config(path: str) -> tuple[set[str], Schedule]:
         root = next(parent for parent in files[0].parents if parent.name in ("coco", "cityscapes")).parent
         paths |= {str(file.relative_to(root)) for file in files}
     solver = cfg.SOLVER
-    return paths, Schedule(solver.MAX_ITER, solver.IMS_PER_BATCH, cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER)
+    return paths, RunLength(solver.MAX_ITER, solver.IMS_PER_BATCH, cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER)
 
 
 def test_table_says_which_recipe_a_row_used(command: Command) -> None:
@@ -338,14 +356,13 @@ def test_options_follow_the_recipe_that_is_not_the_released_one(command: Command
 def test_recipes_that_are_not_released_run_on_request_only() -> None:
     assert set(FINE_TUNINGS) - set(DEFAULT_NAMES) == {"voc12aug_imagenet_norm", "cityscapes_imagenet_norm"}
     for fine_tuning in FINE_TUNINGS.values():
-        config = TRANSFER / fine_tuning.task / "configs" / fine_tuning.config.format(method="SlotFA")
-        assert config.is_file()
+        assert fine_tuning.config_path("SlotFA").is_file()
 
 
 @pytest.fixture
 def without_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(evaluate, "measure_gflops", lambda: 100.0)
+    monkeypatch.setattr(evaluation_plan, "measure_throughput", lambda: 100.0)
     lists = command.folder / "segmentation/VOCdevkit/VOC2012/ImageSets/Segmentation"
     (lists / "val.txt").write_text("image\n" * 1449)
     return command
@@ -366,8 +383,8 @@ def test_without_gpu_the_runs_are_listed_with_their_time_and_not_started(
 
 
 def test_device_cpu_lists_and_starts_the_runs(without_gpu: Command, capsys: CAPSYS) -> None:
-    options = "train_cfg.max_iters=3 val_dataloader.dataset.indices=10"
-    assert without_gpu.run("--device", "cpu", "--segmentation-options", options) == 0
+    flags = ("--segmentation-options", "train_cfg.max_iters=3", "--max-val-images", "10")
+    assert without_gpu.run("--device", "cpu", *flags) == 0
     assert "voc12aug 1 3 x 16 1 x 10 about 2 minutes" in " ".join(capsys.readouterr().out.split())
     assert without_gpu.rows()["voc12aug", "mIoU"]["values"] == [40]
 
@@ -381,9 +398,14 @@ def test_finished_evaluation_needs_no_gpu(without_gpu: Command, capsys: CAPSYS) 
 def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "measure_gflops", lambda: 100.0)
+    monkeypatch.setattr(evaluation_plan, "measure_throughput", lambda: 100.0)
     gpus = []
-    monkeypatch.setattr(evaluate, "fine_tune", lambda args, *_: gpus.append(args.gpus) or True)
+
+    def fine_tune(args: argparse.Namespace, *_: object) -> bool:
+        gpus.append(args.gpus)
+        return True
+
+    monkeypatch.setattr(evaluate, "fine_tune", fine_tune)
     for flags in (["--device", "cpu"], [], ["--gpus", "2"]):
         command.run("--only", "voc12aug", *flags)
     assert gpus == [0, 8, 2]
@@ -396,9 +418,7 @@ def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
         ("detection", "SOLVER.MAX_ITER 900 TEST.EVAL_PERIOD 300 TEST.PRECISE_BN.NUM_ITER 7", (900, 16, 300, 7)),
         ("detection", "--auto-scale", (720000, 2, 0, 200)),
         ("detection", "--auto-scale SOLVER.IMS_PER_BATCH 32 SOLVER.MAX_ITER 90", (720, 4, 0, 200)),
-        ("detection", "SOLVER.MAX_ITER 9 --max-val-images 10", (9, 16, 0, 200, 10)),
         ("segmentation", "model.decode_head.channels=9", (30000, 16, 5000, 0)),
-        ("segmentation", "val_dataloader.dataset.indices=10", (30000, 16, 5000, 0, 10)),
         (
             "segmentation",
             "train_cfg.max_iters=900 train_cfg.val_interval=450 auto_scale_lr.base_batch_size=2",
@@ -408,13 +428,13 @@ def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
 )
 def test_options_change_the_length(task: str, options: str, expected: tuple[int, ...]) -> None:
     fine_tuning = FINE_TUNINGS["coco" if task == "detection" else "voc12aug"]
-    assert change_schedule(fine_tuning, parse_options(task, options), processes=1) == Schedule(*expected)
+    assert change_length(fine_tuning, parse_options(task, options), processes=1) == RunLength(*expected)
 
 
 def test_time_is_that_of_training_batch_norm_statistics_and_evaluations() -> None:
-    schedule = Schedule(iterations=10, batch_size=4, eval_period=4, precise_bn=5)
+    length = RunLength(iterations=10, batch_size=4, eval_period=4, precise_bn=5)
     # 10 x 4 x 30 for training; 3 evaluations (after 4, 8 and 10 iterations) of 5 x 4 x 30 / 3 + 7 x 8 each
-    assert estimate_seconds(schedule, Gflop(30, 8), val_images=7, gflops=2) == (1200 + 3 * (200 + 56)) / 2
+    assert estimate_seconds(length, ImageFlops(30, 8), val_images=7, throughput=2) == (1200 + 3 * (200 + 56)) / 2
 
 
 @pytest.mark.parametrize("name", ["voc12aug", "ade20k"])
@@ -438,8 +458,8 @@ def test_arithmetic_is_that_of_the_model(name: str) -> None:
             torch.stack([head(features).sum() for head in heads]).sum().backward()
         with FlopCounterMode(display=False) as evaluation:
             model.decode_head(model.extract_feat(torch.zeros(1, 3, size, size * 4 // 3)))
-    assert training.get_total_flops() / 2e9 == pytest.approx(fine_tuning.gflop.training, rel=0.01)
-    assert evaluation.get_total_flops() / 1e9 == pytest.approx(fine_tuning.gflop.evaluation, rel=0.01)
+    assert training.get_total_flops() / 2e9 == pytest.approx(fine_tuning.flops.training, rel=0.01)
+    assert evaluation.get_total_flops() / 1e9 == pytest.approx(fine_tuning.flops.evaluation, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -470,33 +490,116 @@ def test_existing_conversion_is_verified_before_it_is_used(
     assert not list(command.out.rglob("log.txt"))
 
 
-def test_folder_of_another_evaluation_is_refused(command: Command, capsys: CAPSYS) -> None:
+def test_folder_of_another_checkpoint_is_refused(command: Command, capsys: CAPSYS) -> None:
     assert command.run() == 0
-    options = command.argv("--segmentation-options", "train_cfg.max_iters=9")
-    error = run_expecting_usage_error(evaluate.main, options, capsys)
-    assert "contains the evaluation of --segmentation-options ''" in error
     error = run_expecting_usage_error(evaluate.main, ["other.pth", *command.argv()[1:]], capsys)
     assert "contains the evaluation of another checkpoint" in error
+
+
+def test_finished_run_with_other_options_is_refused(command: Command, capsys: CAPSYS) -> None:
+    options = ("--segmentation-options", "train_cfg.max_iters=9")
+    assert command.run("--only", "voc12aug", *options) == 0
+    for flags in ((), (*options, "--max-val-images", "10")):
+        error = run_expecting_usage_error(evaluate.main, command.argv("--only", "voc12aug", *flags), capsys)
+        assert "voc12aug/seed_0 has the recipe 'changed: train_cfg.max_iters=9'; use another --out" in error
+    before = command.rows()
+    assert command.run("--only", "coco", "--detection-options=--auto-scale") == 0  # of which there is no run yet
+    assert command.rows()["coco", "box AP"]["recipe"] == "changed: --auto-scale"
+    assert command.rows()["voc12aug", "mIoU"] == before["voc12aug", "mIoU"]
+
+
+CHECKPOINT = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+(folder / "last_checkpoint").touch()
+raise SystemExit("interrupted")
+"""
+
+
+def test_unfinished_run_of_another_recipe_is_not_resumed(
+    command: Command, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.programs["voc12aug"] = CHECKPOINT
+    assert command.run("--only", "voc12aug") == 1
+    del command.programs["voc12aug"]
+    started = command.out / "voc12aug/seed_0/started.json"
+    record = json.loads(started.read_text())
+
+    def error(*flags: str) -> str:
+        return run_expecting_usage_error(evaluate.main, command.argv("--only", "voc12aug", *flags), capsys)
+
+    message = f"{started.parent} contains an unfinished run of another recipe; delete that folder or use another --out"
+    assert message in error("--segmentation-options", "train_cfg.max_iters=9")
+    started.write_text(json.dumps(record | {"config_sha256": "of an earlier version"}))
+    assert message in error()
+    started.unlink()
+    assert message in error()
+    started.write_text(json.dumps(record))
+    assert command.run("--only", "voc12aug") == 0
+    assert command.rows()["voc12aug", "mIoU"]["recipe"] == "released"
+
+
+def test_options_of_a_run_that_failed_before_its_first_checkpoint_can_be_mended(command: Command) -> None:
+    command.programs["coco"] = "raise SystemExit('train_net.py: KEY VALUE: Non-existent config key: SOLVER.X')"
+    assert command.run("--only", "coco", "--detection-options", "SOLVER.X 9") == 1
+    assert command.run("--only", "voc12aug") == 0
+    assert command.rows()["coco", "box AP"]["recipe"] == "changed: SOLVER.X=9"
+    del command.programs["coco"]
+    assert command.run("--only", "coco", "--detection-options", "SOLVER.MAX_ITER 9") == 0
+    assert command.rows()["coco", "box AP"]["recipe"] == "changed: SOLVER.MAX_ITER=9"
+
+
+def test_checksum_of_a_config_depends_on_its_bases(tmp_path: Path) -> None:
+    base, config = tmp_path / "base.yaml", tmp_path / "config.yaml"
+    base.write_text("a: 1")
+    config.write_text("_BASE_: base.yaml")
+    before = compute_config_checksum(config)
+    assert before == compute_config_checksum(config)
+    base.write_text("a: 2")
+    assert before != compute_config_checksum(config)
+
+
+def test_max_val_images_applies_to_all_but_cityscapes_instances(without_gpu: Command, capsys: CAPSYS) -> None:
+    names = ("voc12aug", "coco", "cityscapes_instances")
+    images = {"detection/coco/val2017": 9, "detection/cityscapes/leftImg8bit/val/x": 11}
+    for folder, count in images.items():
+        path = without_gpu.folder / folder
+        path.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (path / (f"{number}.jpg" if "coco" in folder else f"{number}_leftImg8bit.png")).touch()
+    assert without_gpu.run("--device", "cpu", "--only", *names, "--max-val-images", "5") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for plan in ("6 x 5 about", "coco 1 90,000 x 16 1 x 5 about", "cityscapes_instances 1 24,000 x 8 1 x 11 about"):
+        assert plan in output
+    reason = "--max-val-images has no effect, because detectron2 evaluates Cityscapes on all images only"
+    assert f"cityscapes_instances: {reason}" in output
+    rows = without_gpu.rows()
+    assert rows["voc12aug", "mIoU"]["recipe"] == rows["coco", "box AP"]["recipe"] == "changed: --max-val-images=5"
+    assert rows["cityscapes_instances", "mask AP"]["recipe"] == "this project's"
 
 
 def test_commands_are_the_published_ones(tmp_path: Path) -> None:
     args = evaluate._parse_args(["ckpt.pth", "--out", str(tmp_path), "--gpus", "8"])
     encoder = EncoderWeights({}, "resnet50", {"method": "slotfa"})
-    options = parse_options("detection", "--auto-scale SOLVER.MAX_ITER 9 --max-val-images 10 SOLVER.STEPS '(5, 7)'")
-    run = evaluation_runs.Run("coco", 1, tmp_path / "coco/seed_1", options, Schedule(9))
+    given = parse_options("detection", "--auto-scale SOLVER.MAX_ITER 9 SOLVER.STEPS '(5, 7)'")
+    options = add_max_val_images(FINE_TUNINGS["coco"], given, 10)
+    run = evaluation_runs.FineTuningRun("coco", 1, tmp_path / "coco/seed_1", options, RunLength(9))
     command = evaluation_runs.build_command(args, run, encoder)
     assert command[-4:] == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(5, 7)"]
     line = " ".join(command)
     assert "train_net.py --config-file" in line
-    assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --auto-scale --max-val-images 10 MODEL.WEIGHTS" in line
+    assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --max-val-images 10 --auto-scale MODEL.WEIGHTS" in line
     assert f"OUTPUT_DIR {tmp_path}/coco/seed_1/run SEED 1 SOLVER" in line
-    run = evaluation_runs.Run("voc12aug", 0, tmp_path / "voc12aug/seed_0", {}, Schedule(9))
+    run = evaluation_runs.FineTuningRun("voc12aug", 0, tmp_path / "voc12aug/seed_0", {}, RunLength(9))
     (run.folder / "run").mkdir(parents=True)
     (run.folder / "run/last_checkpoint").touch()
     published = f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run.folder}/run --seed 0 --resume"
     assert " ".join(evaluation_runs.build_command(args, run, encoder)).endswith(published)
-    run = replace(run, options=parse_options("segmentation", "a.b=1 c=(2,3)"))
-    assert evaluation_runs.build_command(args, run, encoder)[-3:] == ["--cfg-options", "a.b=1", "c=(2,3)"]
+    given = parse_options("segmentation", "a.b=1 c=(2,3)")
+    run = replace(run, options=add_max_val_images(FINE_TUNINGS["voc12aug"], given, 10))
+    line = " ".join(evaluation_runs.build_command(args, run, encoder))
+    assert line.endswith("--seed 0 --max-val-images 10 --resume --cfg-options a.b=1 c=(2,3)")
 
 
 @pytest.mark.parametrize(
@@ -505,7 +608,17 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds"),
         (["--gpus", "9"], "--gpus 9: this machine has 8"),
         (["--gpus", "8", "--device", "cpu"], "--gpus 8: --device cpu uses no GPU"),
-        (["--detection-options=--resume"], "--resume is not supported; only --auto-scale, --max-val-images and"),
+        (["--gpus", "0"], "--gpus 0: use --device cpu"),
+        (["--max-val-images", "0"], "--max-val-images"),
+        (["--detection-options=--resume"], "--resume is not supported; only --auto-scale and KEY VALUE pairs"),
+        (["--detection-options", "MODEL.WEIGHTS x.pkl"], "MODEL.WEIGHTS cannot be changed"),
+        (["--detection-options", "OUTPUT_DIR x"], "OUTPUT_DIR cannot be changed"),
+        (["--detection-options", "SOLVER.MAX_ITER 9 SEED 3"], "SEED cannot be changed"),
+        (["--segmentation-options", "work_dir=x"], "work_dir cannot be changed"),
+        (["--segmentation-options", "load_from=x.pth"], "load_from cannot be changed"),
+        (["--segmentation-options", "resume=True"], "resume cannot be changed"),
+        (["--segmentation-options", "randomness.seed=3"], "randomness.seed cannot be changed"),
+        (["--segmentation-options", "model.backbone.init_cfg.checkpoint=x"], "init_cfg.checkpoint cannot be changed"),
         (["--detection-options", "SOLVER.MAX_ITER"], "SOLVER.MAX_ITER has no value"),
         (["--detection-options", "SOLVER.MAX_ITER 1e3"], "SOLVER.MAX_ITER is '1e3', not a whole number"),
         (["--segmentation-options", "train_cfg.max_iters"], "train_cfg.max_iters is not supported; only KEY=VALUE"),
@@ -529,5 +642,5 @@ def test_encoder_of_another_architecture_is_refused(tmp_path: Path, capsys: CAPS
     torch.save(resnet18().state_dict(), tmp_path / "checkpoint.pth")
     argv = [str(tmp_path / "checkpoint.pth"), "--out", str(tmp_path / "out")]
     error = run_expecting_usage_error(evaluate.main, argv, capsys)
-    assert "nothing can run: the config is for resnet50, and the encoder is resnet18" in error
+    assert "no fine-tuning can run: the config is for resnet50, and the encoder is resnet18" in error
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

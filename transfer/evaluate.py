@@ -4,31 +4,28 @@ import argparse
 import json
 import signal
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transfer.encoders import EncoderWeights, read_encoder
-from transfer.evaluation_runs import CONVERTED, Run, fine_tune, run_folder
+from transfer.evaluation_plan import print_plan
+from transfer.evaluation_runs import CONVERTED, FineTuningRun, find_run_folders, fine_tune, run_folder
 from transfer.evaluation_table import collect_rows, format_table
 from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS, PACKAGES, data_root, is_installed
 from transfer.formats import write_converted
-from transfer.recipe_options import Options, change_schedule, describe_recipe, parse_options
+from transfer.recipe_options import Options, add_max_val_images, change_length, describe_recipe, parse_options
+from transfer.recipe_records import check_record, make_record
 from transfer.results import write_json
-from transfer.training_time import estimate_seconds, format_duration, measure_gflops
 from transfer.verify import load_image, verify
 from utils import distributed
 from utils.config import at_least, make_parser
 from utils.errors import UsageError
 from utils.files import atomic_write_text, check_writable
-
-_OPTIONS = ("detection_options", "segmentation_options")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,53 +51,67 @@ def _raise_terminated(*_: object) -> NoReturn:
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("Fine-tune a checkpoint on every dataset that is linked, and write one table of the metrics.")
-    add = parser.add_argument
-    add("checkpoint", metavar="CKPT", type=Path, help="any checkpoint that transfer/convert.py reads")
-    add("--out", type=Path, help="folder of runs and tables (default: output/evaluation/, named after CKPT)")
-    add(
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="any checkpoint that transfer/convert.py reads")
+    parser.add_argument(
+        "--encoder",
+        choices=("teacher", "student"),
+        help="which encoder to use (default: the teacher, if there are two)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of runs and tables (default: output/evaluation/, named after CKPT)"
+    )
+    _add_run_arguments(parser.add_argument_group("runs"))
+    _add_recipe_arguments(parser.add_argument_group("changes of the recipes"))
+    args = parser.parse_args(argv)
+    args.names = list(dict.fromkeys(args.only or DEFAULT_NAMES))
+    args.out = args.out or Path("output/evaluation") / f"{args.checkpoint.resolve().parent.name}_{args.checkpoint.stem}"
+    return args
+
+
+def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    others = (name for name in FINE_TUNINGS if name not in DEFAULT_NAMES)
+    group.add_argument(
         "--only",
         nargs="+",
         choices=tuple(FINE_TUNINGS),
         metavar="NAME",
-        help=f"fine-tunings to run (default: {', '.join(DEFAULT_NAMES)}); "
-        f"also {', '.join(name for name in FINE_TUNINGS if name not in DEFAULT_NAMES)}",
+        help=f"fine-tunings to run (default: {', '.join(DEFAULT_NAMES)}); also {', '.join(others)}",
     )
-    add(
+    group.add_argument(
         "--seeds",
         type=at_least(1),
         default=1,
-        help="number of runs of each fine-tuning, with the seeds 0, 1, ...; the table shows mean and standard "
-        "deviation",
+        help="runs of each fine-tuning, with the seeds 0, 1, ...; the table shows mean and standard deviation",
     )
-    add(
+    group.add_argument(
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
         help="auto: the GPUs; without one, the runs are only listed, with estimates of their time",
     )
-    add("--gpus", type=at_least(1), help="number of GPUs (default: all)")
-    add(
-        "--encoder",
-        choices=("teacher", "student"),
-        help="which encoder to use (default: the teacher, if there are two)",
+    group.add_argument("--gpus", type=at_least(0), help="number of GPUs (default: all)")
+
+
+def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-val-images",
+        type=at_least(1),
+        metavar="N",
+        help="evaluate on the first N images only (default: all); cityscapes_instances always uses all",
     )
-    add(
+    group.add_argument(
         "--detection-options",
         metavar="OPTIONS",
         default="",
-        help="more arguments of train_net.py: KEY VALUE pairs, --auto-scale and --max-val-images, such as "
-        "'SOLVER.MAX_ITER 900 --max-val-images 100'; --detection-options=--auto-scale needs the equals sign",
+        help="more arguments of train_net.py: KEY VALUE pairs and --auto-scale, such as 'SOLVER.MAX_ITER 900'; "
+        "--detection-options=--auto-scale needs the equals sign",
     )
-    add(
+    group.add_argument(
         "--segmentation-options",
         metavar="OPTIONS",
         default="",
         help="overrides for mmsegmentation's --cfg-options, such as 'train_cfg.max_iters=900'",
     )
-    args = parser.parse_args(argv)
-    args.names = list(dict.fromkeys(args.only or DEFAULT_NAMES))
-    args.out = args.out or Path("output/evaluation") / f"{args.checkpoint.resolve().parent.name}_{args.checkpoint.stem}"
-    return args
 
 
 def evaluate(args: argparse.Namespace) -> bool:
@@ -110,21 +121,24 @@ def evaluate(args: argparse.Namespace) -> bool:
         Whether all fine-tunings that are available on this machine have finished.
 
     Raises:
-        UsageError: the checkpoint, an option or --out cannot be used, nothing can run, or the runs need --device cpu.
+        UsageError: the checkpoint, an option or --out cannot be used, no fine-tuning can run, or the runs need
+            --device cpu.
     """
-    options = {task: parse_options(task, vars(args)[f"{task}_options"]) for task in PACKAGES}
+    options = _parse_options(args)
     args.gpus = _count_gpus(args)
     encoder = read_encoder(args.checkpoint, args.encoder)
-    _check_folder(args, encoder)
+    _check_folder(args, encoder, options)
     runs = _list_unfinished(args, options)
     skipped = {run.name: run.fine_tuning.why_unavailable(encoder.arch) for run in runs}
     _report_skipped(args, skipped)
     runs = [run for run in runs if not skipped[run.name]]
+    _report_all_images(args, runs)
     if runs and not args.gpus:
-        _print_plan(runs)
+        print_plan(runs)
         if args.device != "cpu":
             raise UsageError("no GPU found; add --device cpu to start these runs on the CPU")
-    _write_record(args, encoder)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "evaluated.json", {"checkpoint": encoder.provenance})
     _convert(args, encoder, {run.fine_tuning.task for run in runs})
     table = _write_tables(args, skipped, options, encoder)
     complete = True
@@ -137,13 +151,28 @@ def evaluate(args: argparse.Namespace) -> bool:
     return complete
 
 
+def _parse_options(args: argparse.Namespace) -> dict[str, Options]:
+    """Return the options of each fine-tuning by its name.
+
+    Raises:
+        UsageError: an option is invalid.
+    """
+    by_task = {task: parse_options(task, vars(args)[f"{task}_options"]) for task in PACKAGES}
+    return {
+        name: add_max_val_images(fine_tuning, by_task[fine_tuning.task], args.max_val_images)
+        for name, fine_tuning in FINE_TUNINGS.items()
+    }
+
+
 def _count_gpus(args: argparse.Namespace) -> int:
     """Return the number of GPUs to use; 0 for the CPU, and also if this machine has none.
 
     Raises:
-        UsageError: there are fewer GPUs than --gpus, or --gpus contradicts --device cpu.
+        UsageError: there are fewer GPUs than --gpus, or --gpus contradicts --device.
     """
     available = torch.cuda.device_count()
+    if args.gpus == 0 and args.device != "cpu":
+        raise UsageError("--gpus 0: use --device cpu")
     if args.device == "cpu":
         if args.gpus:
             raise UsageError(f"--gpus {args.gpus}: --device cpu uses no GPU; omit one of the two")
@@ -155,26 +184,24 @@ def _count_gpus(args: argparse.Namespace) -> int:
     return min(args.gpus or available, available)
 
 
-def _check_folder(args: argparse.Namespace, encoder: EncoderWeights) -> None:
-    """Check that --out can be written, and contains no evaluation of another encoder or with other options.
+def _check_folder(args: argparse.Namespace, encoder: EncoderWeights, options: dict[str, Options]) -> None:
+    """Check that --out can be written, and that its runs have the same encoder and, if they are requested, options.
 
     Raises:
         UsageError: otherwise.
     """
     check_writable("--out", args.out, overwrite=True, folder=True)
-    record = args.out / "evaluated.json"
-    if not record.exists():
-        return
-    previous = json.loads(record.read_text())
-    flags = {f"--{name.replace('_', '-')} '{previous[name]}'": previous[name] == vars(args)[name] for name in _OPTIONS}
-    conflicts = [flag for flag, same in flags.items() if not same]
-    if any(previous["checkpoint"].get(key) != encoder.provenance[key] for key in ("source_sha256", "encoder")):
-        conflicts = ["another checkpoint", *conflicts]
-    if conflicts:
-        raise UsageError(f"--out {args.out}: contains the evaluation of {conflicts[0]}; use another folder")
+    path = args.out / "evaluated.json"
+    previous = json.loads(path.read_text())["checkpoint"] if path.exists() else encoder.provenance
+    if any(previous.get(key) != encoder.provenance[key] for key in ("source_sha256", "encoder")):
+        raise UsageError(f"--out {args.out}: contains the evaluation of another checkpoint; use another folder")
+    for name in args.names:
+        record = make_record(FINE_TUNINGS[name], options[name])
+        for folder in find_run_folders(args.out, name):
+            check_record(folder, record)
 
 
-def _list_unfinished(args: argparse.Namespace, options: dict[str, Options]) -> list[Run]:
+def _list_unfinished(args: argparse.Namespace, options: dict[str, Options]) -> list[FineTuningRun]:
     """Return the requested runs that have no result yet, in the order in which they start.
 
     Raises:
@@ -182,10 +209,9 @@ def _list_unfinished(args: argparse.Namespace, options: dict[str, Options]) -> l
     """
     runs = []
     for name in args.names:
-        fine_tuning = FINE_TUNINGS[name]
-        given = options[fine_tuning.task]
-        schedule = change_schedule(fine_tuning, given, processes=max(args.gpus, 1))
-        runs += [Run(name, seed, run_folder(args.out, name, seed), given, schedule) for seed in range(args.seeds)]
+        length = change_length(FINE_TUNINGS[name], options[name], processes=max(args.gpus, 1))
+        for seed in range(args.seeds):
+            runs.append(FineTuningRun(name, seed, run_folder(args.out, name, seed), options[name], length))
     return [run for run in runs if not (run.folder / "done.json").exists()]
 
 
@@ -202,7 +228,7 @@ def _report_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> None:
     results = [path for name in args.names for path in (args.out / name).glob("seed_*/done.json")]
     nothing_to_do = len(reasons) == len(args.names) and not results
     if nothing_to_do and len(set(reasons.values())) == 1:
-        raise UsageError(f"nothing can run: {reasons[args.names[0]]}")
+        raise UsageError(f"no fine-tuning can run: {reasons[args.names[0]]}")
     for name, reason in reasons.items():
         print(f"skipped {name}: {reason}", flush=True)
     if nothing_to_do:
@@ -211,36 +237,14 @@ def _report_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> None:
             f"no complete dataset in {data_root(task)}" if is_installed(task) else f"{PACKAGES[task]} is not installed"
             for task in tasks
         )
-        raise UsageError(f'nothing can run: {missing}; see "Install" and "Link the data" in transfer/README.md')
+        raise UsageError(f'no fine-tuning can run: {missing}; see "Install" and "Link the data" in transfer/README.md')
 
 
-def _print_plan(runs: list[Run]) -> None:
-    """Print how long each fine-tuning takes on the CPU."""
-    gflops = measure_gflops()
-    rows, total = [], 0.0
-    for name, count in Counter(run.name for run in runs).items():
-        run = next(run for run in runs if run.name == name)
-        linked = run.fine_tuning.data.count_val_images(data_root(run.fine_tuning.task))
-        val_images = min(linked, run.schedule.max_val_images or linked)
-        seconds = count * estimate_seconds(run.schedule, run.fine_tuning.gflop, val_images, gflops)
-        training = f"{run.schedule.iterations:,} x {run.schedule.batch_size}"
-        evaluation = f"{run.schedule.evaluations} x {val_images:,}"
-        rows.append((name, count, training, evaluation, format_duration(seconds)))
-        total += seconds
-    headers = ("fine-tuning", "runs", "iterations x images", "evaluations x images", "time on this CPU")
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
-    print(
-        f"In total {format_duration(total)}, estimated from the speed of a ResNet-50 here ({gflops:.0f} GFLOP/s) and "
-        "the image sizes of the recipes.",
-        flush=True,
-    )
-
-
-def _write_record(args: argparse.Namespace, encoder: EncoderWeights) -> None:
-    """Create --out, and record in `evaluated.json` which encoder and options it belongs to."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = {"checkpoint": encoder.provenance} | {name: vars(args)[name] for name in _OPTIONS}
-    write_json(args.out / "evaluated.json", record)
+def _report_all_images(args: argparse.Namespace, runs: list[FineTuningRun]) -> None:
+    """Print which fine-tunings ignore --max-val-images."""
+    for name in dict.fromkeys(run.name for run in runs if run.fine_tuning.evaluates_all_images):
+        if args.max_val_images:
+            print(f"{name}: --max-val-images has no effect, because detectron2 evaluates Cityscapes on all images only")
 
 
 def _convert(args: argparse.Namespace, encoder: EncoderWeights, tasks: set[str]) -> None:
@@ -264,7 +268,7 @@ def _write_tables(
     """Write `results.json` and `results.md` of all runs in --out, and return the text of the latter."""
     rows = []
     for name, fine_tuning in FINE_TUNINGS.items():
-        recipe = describe_recipe(fine_tuning, options[fine_tuning.task])
+        recipe = describe_recipe(fine_tuning, options[name])
         rows += collect_rows(args.out, name, args.seeds if name in skipped else 0, skipped.get(name, ""), recipe)
     write_json(args.out / "results.json", {"checkpoint": encoder.provenance, "results": rows})
     text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n\n{format_table(rows)}"

@@ -7,14 +7,18 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from transfer.encoders import EncoderWeights
 from transfer.finetuning import FINE_TUNINGS, TRANSFER, FineTuning
-from transfer.recipe_options import Options, describe_recipe
+from transfer.recipe_options import Options
+from transfer.recipe_records import has_checkpoint, make_record
 from transfer.results import write_json
-from transfer.training_time import Schedule
+from transfer.training_time import RunLength
 
 CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
 """Task -> the format of `transfer.formats`, and the file in --out."""
@@ -27,7 +31,7 @@ _MAX_REASON = 120
 
 
 @dataclass(frozen=True)
-class Run:
+class FineTuningRun:
     """One fine-tuning with one seed."""
 
     name: str
@@ -35,7 +39,7 @@ class Run:
     folder: Path
     options: Options
     """Changes of the recipe."""
-    schedule: Schedule
+    length: RunLength
     """The length with these options."""
 
     @property
@@ -45,24 +49,30 @@ class Run:
 
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
-    """Return the folder of a run: `log.txt`, `run/` and, if it has ended, `done.json` or `failed.json`."""
+    """Return the folder of a run: `log.txt`, `started.json`, `run/`, and in the end `done.json` or `failed.json`."""
     return out / name / f"seed_{seed}"
 
 
-def fine_tune(args: argparse.Namespace, run: Run, encoder: EncoderWeights) -> bool:
-    """Start or resume a run in a subprocess, write `done.json` or `failed.json`, and return whether it succeeded."""
+def find_run_folders(out: Path, name: str) -> list[Path]:
+    """Return the folders of all runs of a fine-tuning, also of earlier calls, in the order of their seeds."""
+    names = (path.name.removeprefix("seed_") for path in (out / name).glob("seed_*"))
+    return [run_folder(out, name, seed) for seed in sorted(int(name) for name in names if name.isdecimal())]
+
+
+def fine_tune(args: argparse.Namespace, run: FineTuningRun, encoder: EncoderWeights) -> bool:
+    """Start or resume a run in a subprocess, and return whether it succeeded.
+
+    Writes the recipe to `started.json`, and then also the results to `done.json` or the reason to `failed.json`.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "failed.json").unlink(missing_ok=True)
     command = build_command(args, run, encoder)
-    record = {"recipe": describe_recipe(run.fine_tuning, run.options), "command": shlex.join(command)}
+    record = make_record(run.fine_tuning, run.options) | {"command": shlex.join(command)}
+    write_json(run.folder / "started.json", record)
     path, results = run.folder / "log.txt", run.folder / "run" / "results.json"
     start = path.stat().st_size if path.exists() else 0
-    with path.open("a") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()  # it stops its own processes; leaving the `with` block waits for it
-            raise
+    with path.open("a") as log:
+        status = _run_command(command, log)
     if status == 0 and results.exists():
         record["results"] = json.loads(results.read_text())
         write_json(run.folder / "done.json", record)
@@ -71,6 +81,35 @@ def fine_tune(args: argparse.Namespace, run: Run, encoder: EncoderWeights) -> bo
     write_json(run.folder / "failed.json", record | {"reason": reason})
     print(f"  failed with exit status {status}: {reason}", flush=True)
     return False
+
+
+def _run_command(command: list[str], log: TextIO) -> int:
+    """Run a command, and return its exit status. An exception, such as that of a signal, also ends the command."""
+    process = None
+    try:
+        with _delayed_signals():  # an exception inside of Popen would leave a process that nobody knows
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        return process.wait()
+    except BaseException:
+        if process:
+            process.terminate()  # it stops its own processes
+            process.wait()
+        raise
+
+
+@contextmanager
+def _delayed_signals() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM until the end of the `with` block."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signum in received:
+            signal.raise_signal(signum)
 
 
 def _find_reason(status: int, log: str) -> str:
@@ -91,20 +130,22 @@ def _find_reason(status: int, log: str) -> str:
     return reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 1]}…"
 
 
-def build_command(args: argparse.Namespace, run: Run, encoder: EncoderWeights) -> list[str]:
+def build_command(args: argparse.Namespace, run: FineTuningRun, encoder: EncoderWeights) -> list[str]:
     """Return the published command of a fine-tuning, as a user would type it."""
     task, output = run.fine_tuning.task, run.folder / "run"
     method = "SlotFA" if encoder.provenance.get("method") == "slotfa" else "SlotCon"
-    config = str(TRANSFER / task / "configs" / run.fine_tuning.config.format(method=method))
+    config = str(run.fine_tuning.config_path(method))
     weights = str(args.out / CONVERTED[task][1])
-    resume = ["--resume"] if (output / "last_checkpoint").exists() else []
+    flags = [word for item in run.options.items() if item[0].startswith("--") for word in item if word]
+    flags += ["--resume"] if has_checkpoint(run.folder) else []
+    overrides = {key: value for key, value in run.options.items() if not key.startswith("--")}
     if task == "detection":
         command = [sys.executable, str(TRANSFER / "detection" / "train_net.py"), "--config-file", config]
-        command += ["--num-gpus", str(args.gpus), *resume]
-        flags = [word for item in run.options.items() if item[0].startswith("--") for word in item if word]
-        pairs = [word for item in run.options.items() if not item[0].startswith("--") for word in item]
-        return [*command, *flags, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), "SEED", str(run.seed), *pairs]
+        command += ["--num-gpus", str(args.gpus), *flags]
+        command += ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), "SEED", str(run.seed)]
+        return [*command, *(word for item in overrides.items() for word in item)]
     command = ["bash", str(TRANSFER / "segmentation" / "mim_dist_train.sh"), config, weights, str(args.gpus)]
-    command += ["--work-dir", str(output), "--seed", str(run.seed), *resume]
-    overrides = [f"{key}={value}" for key, value in run.options.items()]
-    return [*command, "--cfg-options", *overrides] if overrides else command
+    command += ["--work-dir", str(output), "--seed", str(run.seed), *flags]
+    return (
+        [*command, "--cfg-options", *(f"{key}={value}" for key, value in overrides.items())] if overrides else command
+    )

@@ -7,8 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from transfer.evaluation_runs import run_folder
+from transfer.evaluation_runs import find_run_folders, run_folder
 from transfer.finetuning import FINE_TUNINGS, PUBLISHED, RELEASED
+from transfer.recipe_records import read_started
 
 
 def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) -> list[dict[str, Any]]:
@@ -17,16 +18,18 @@ def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) ->
     Args:
         seeds: number of runs of this call, with the seeds 0, 1, ...; all runs in the folder count as well.
         skipped: why this call cannot run those that have not finished; empty if it can.
-        recipe: the recipe of this call, for a fine-tuning without a finished run.
+        recipe: the recipe of this call, for a fine-tuning of which no run was started.
 
     Returns:
         The rows; none if there are no runs.
     """
-    folders = [run_folder(out, name, seed) for seed in sorted({*range(seeds), *_find_seeds(out / name)})]
+    requested = [run_folder(out, name, seed) for seed in range(seeds)]
+    folders = list(dict.fromkeys([*requested, *find_run_folders(out, name)]))
     done = [json.loads((path / "done.json").read_text()) for path in folders if (path / "done.json").exists()]
     note = "; ".join(_describe_missing(folders, skipped))
     common = {"name": name, "title": FINE_TUNINGS[name].title}
-    common["recipe"] = "; ".join(dict.fromkeys(run.get("recipe", "unknown") for run in done)) or recipe
+    records = done or [record for path in folders if (record := read_started(path))] or [{"recipe": recipe}]
+    common["recipe"] = "; ".join(dict.fromkeys(run.get("recipe", "unknown") for run in records))
     rows = []
     for metric, keys in FINE_TUNINGS[name].metrics.items() if folders else ():
         values = [value for run in done if (value := _look_up(run["results"], keys)) is not None]
@@ -37,11 +40,6 @@ def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) ->
         row["note"] = note or ("" if values else "no value, because the model has no predictions")
         rows.append(row)
     return rows
-
-
-def _find_seeds(folder: Path) -> set[int]:
-    names = (path.name.removeprefix("seed_") for path in folder.glob("seed_*"))
-    return {int(name) for name in names if name.isdecimal()}
 
 
 def _describe_missing(folders: list[Path], skipped: str) -> list[str]:

@@ -1,19 +1,33 @@
-"""The options of evaluate.py that change recipes: --detection-options and --segmentation-options."""
+"""The options of evaluate.py that change recipes: --detection-options, --segmentation-options, --max-val-images."""
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 
 from transfer.finetuning import CONFIG_GPUS, RELEASED, FineTuning
-from transfer.training_time import Schedule
+from transfer.training_time import RunLength
 from utils.errors import UsageError
 
 Options = Mapping[str, str]
-"""Key of a config, or flag of train_net.py -> its value; the value of --auto-scale is empty."""
+"""Key of a config, or flag of train_net.py or train.py -> its value; the value of --auto-scale is empty."""
 
-_DETECTION_FLAGS = ("--auto-scale", "--max-val-images")
+_RESERVED_KEYS = {
+    "detection": ("MODEL.WEIGHTS", "OUTPUT_DIR", "SEED"),
+    "segmentation": (
+        "work_dir",
+        "load_from",
+        "resume",
+        "randomness",
+        "launcher",
+        "model.init_cfg",
+        "model.pretrained",
+        "model.backbone.init_cfg",
+        "model.backbone.pretrained",
+    ),
+}
+"""Task -> the keys of weights, folders and seeds, which the commands of evaluate.py set."""
 
-_SCHEDULE_KEYS = {
+_LENGTH_KEYS = {
     "detection": {
         "iterations": "SOLVER.MAX_ITER",
         "batch_size": "SOLVER.IMS_PER_BATCH",
@@ -25,37 +39,54 @@ _SCHEDULE_KEYS = {
         "iterations": "train_cfg.max_iters",
         "batch_size": "auto_scale_lr.base_batch_size",
         "eval_period": "train_cfg.val_interval",
-        "max_val_images": "val_dataloader.dataset.indices",
+        "max_val_images": "--max-val-images",
     },
 }
-"""Task -> field of `Schedule` -> the option that sets it."""
+"""Task -> field of `RunLength` -> the option that sets it."""
 
 
 def parse_options(task: str, text: str) -> Options:
     """Parse the value of --detection-options or --segmentation-options.
 
     Raises:
-        UsageError: it is not KEY VALUE pairs and the flags of train_net.py above, or for segmentation KEY=VALUE words.
-            Other flags would break or repeat those of the published commands.
+        UsageError: it is not KEY VALUE pairs and --auto-scale, or for segmentation KEY=VALUE words, because other flags
+            would break or repeat those of the published commands; or a key is one that evaluate.py sets.
     """
     flag = f"--{task}-options"
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UsageError(f"{flag} {text}: {str(error).lower()}") from None
-    if task == "segmentation":
-        if wrong := next((word for word in words if "=" not in word or word.startswith("-")), None):
-            raise UsageError(f"{flag}: {wrong} is not supported; only KEY=VALUE")
-        return dict(word.split("=", 1) for word in words)
+    options = (_parse_pairs if task == "detection" else _parse_assignments)(flag, words)
+    for reserved in _RESERVED_KEYS[task]:
+        if key := next((key for key in options if key == reserved or key.startswith(f"{reserved}.")), None):
+            raise UsageError(f"{flag}: {key} cannot be changed, because this command sets it for each run")
+    return options
+
+
+def _parse_pairs(flag: str, words: list[str]) -> Options:
     options, remaining = {}, iter(words)
     for key in remaining:
-        if key.startswith("--") and key not in _DETECTION_FLAGS:
-            raise UsageError(f"{flag}: {key} is not supported; only {', '.join(_DETECTION_FLAGS)} and KEY VALUE pairs")
+        if key.startswith("--") and key != "--auto-scale":
+            raise UsageError(f"{flag}: {key} is not supported; only --auto-scale and KEY VALUE pairs")
         value = "" if key == "--auto-scale" else next(remaining, None)
         if value is None:
             raise UsageError(f"{flag}: {key} has no value")
         options[key] = value
     return options
+
+
+def _parse_assignments(flag: str, words: list[str]) -> Options:
+    if wrong := next((word for word in words if "=" not in word or word.startswith("-")), None):
+        raise UsageError(f"{flag}: {wrong} is not supported; only KEY=VALUE")
+    return dict(word.split("=", 1) for word in words)
+
+
+def add_max_val_images(fine_tuning: FineTuning, options: Options, count: int | None) -> Options:
+    """Return `options` with --max-val-images if it is given and the framework of the fine-tuning supports it."""
+    if not count or fine_tuning.evaluates_all_images:
+        return options
+    return {"--max-val-images": str(count), **options}
 
 
 def describe_recipe(fine_tuning: FineTuning, options: Options) -> str:
@@ -66,7 +97,7 @@ def describe_recipe(fine_tuning: FineTuning, options: Options) -> str:
     return changes if fine_tuning.recipe == RELEASED else f"{fine_tuning.recipe}, {changes}"
 
 
-def change_schedule(fine_tuning: FineTuning, options: Options, processes: int) -> Schedule:
+def change_length(fine_tuning: FineTuning, options: Options, processes: int) -> RunLength:
     """Return the length of a fine-tuning with these options.
 
     Args:
@@ -75,17 +106,17 @@ def change_schedule(fine_tuning: FineTuning, options: Options, processes: int) -
     Raises:
         UsageError: an option that sets the length is not a whole number.
     """
-    given = {field: key for field, key in _SCHEDULE_KEYS[fine_tuning.task].items() if key in options}
+    given = {field: key for field, key in _LENGTH_KEYS[fine_tuning.task].items() if key in options}
     for key in given.values():
         if not options[key].isdecimal():
             raise UsageError(f"--{fine_tuning.task}-options: {key} is '{options[key]}', not a whole number")
-    schedule = replace(fine_tuning.schedule, **{field: int(options[key]) for field, key in given.items()})
+    length = replace(fine_tuning.length, **{field: int(options[key]) for field, key in given.items()})
     if "--auto-scale" not in options:
-        return schedule
+        return length
     factor = processes / CONFIG_GPUS
     return replace(
-        schedule,
-        iterations=round(schedule.iterations / factor),
-        batch_size=round(schedule.batch_size * factor),
-        eval_period=round(schedule.eval_period / factor),
+        length,
+        iterations=round(length.iterations / factor),
+        batch_size=round(length.batch_size * factor),
+        eval_period=round(length.eval_period / factor),
     )

@@ -12,7 +12,7 @@ _UNITS = {"day": 86400, "hour": 3600, "minute": 60}
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RunLength:
     """The length of a fine-tuning. One iteration takes one batch, over all GPUs."""
 
     iterations: int
@@ -31,8 +31,8 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Gflop:
-    """Arithmetic per image in 10^9 operations; a multiplication with addition counts as 2."""
+class ImageFlops:
+    """Floating-point operations per image, in GFLOP; a multiplication with addition counts as 2."""
 
     training: float
     """Forward and backward pass of an image at the size that the config trains on."""
@@ -40,20 +40,20 @@ class Gflop:
     """Forward pass of an image at the size that the config evaluates on."""
 
 
-def estimate_seconds(schedule: Schedule, gflop: Gflop, val_images: int, gflops: float) -> float:
+def estimate_seconds(length: RunLength, flops: ImageFlops, val_images: int, throughput: float) -> float:
     """Return the time of training and of all evaluations, without loading of data.
 
     Args:
-        val_images: number of images of an evaluation, at most `schedule.max_val_images`.
-        gflops: speed in GFLOP/s.
+        val_images: number of images of an evaluation, at most `length.max_val_images`.
+        throughput: speed in GFLOP/s, of `measure_throughput`.
     """
-    training = schedule.iterations * schedule.batch_size * gflop.training
+    training = length.iterations * length.batch_size * flops.training
     # A backward pass takes twice the arithmetic of a forward pass, which is all that batch-norm statistics need.
-    precise_bn = schedule.precise_bn * schedule.batch_size * gflop.training / 3
-    return (training + schedule.evaluations * (precise_bn + val_images * gflop.evaluation)) / gflops
+    precise_bn = length.precise_bn * length.batch_size * flops.training / 3
+    return (training + length.evaluations * (precise_bn + val_images * flops.evaluation)) / throughput
 
 
-def measure_gflops(seconds: float = 1.0) -> float:
+def measure_throughput(seconds: float = 1.0) -> float:
     """Return the speed of this CPU in GFLOP/s: of a ResNet-50 that trains on an image of 256 px for `seconds`.
 
     The models of the fine-tunings reach 1 to 1.6 times this speed, because their images are larger.

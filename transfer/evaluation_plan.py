@@ -1,0 +1,31 @@
+"""The plan of evaluate.py on a machine without GPU: the runs, and how long they take."""
+
+from collections import Counter
+
+from tabulate import tabulate
+
+from transfer.evaluation_runs import FineTuningRun
+from transfer.finetuning import data_root
+from transfer.training_time import estimate_seconds, format_duration, measure_throughput
+
+
+def print_plan(runs: list[FineTuningRun]) -> None:
+    """Print how long each fine-tuning takes on the CPU."""
+    throughput = measure_throughput()
+    rows, total = [], 0.0
+    for name, count in Counter(run.name for run in runs).items():
+        run = next(run for run in runs if run.name == name)
+        linked = run.fine_tuning.dataset.count_val_images(data_root(run.fine_tuning.task))
+        val_images = min(linked, run.length.max_val_images or linked)
+        seconds = count * estimate_seconds(run.length, run.fine_tuning.flops, val_images, throughput)
+        training = f"{run.length.iterations:,} x {run.length.batch_size}"
+        evaluation = f"{run.length.evaluations} x {val_images:,}"
+        rows.append((name, count, training, evaluation, format_duration(seconds)))
+        total += seconds
+    headers = ("fine-tuning", "runs", "iterations x images", "evaluations x images", "time on this CPU")
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
+    print(
+        f"In total {format_duration(total)}, estimated from the speed of a ResNet-50 here ({throughput:.0f} GFLOP/s) "
+        "and the image sizes of the recipes.",
+        flush=True,
+    )

@@ -1,0 +1,61 @@
+"""The recipe of each run of evaluate.py, recorded when the run starts, so that no other recipe continues it."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transfer.finetuning import FineTuning
+from transfer.recipe_options import Options, describe_recipe
+from utils.errors import UsageError
+
+
+def make_record(fine_tuning: FineTuning, options: Options) -> dict[str, Any]:
+    """Return what identifies a recipe: the text of the table, the options, and the checksum of the config."""
+    checksum = compute_config_checksum(fine_tuning.config_path())
+    return {
+        "recipe": describe_recipe(fine_tuning, options),
+        "options": dict(options),
+        "config_sha256": checksum,
+    }
+
+
+def compute_config_checksum(path: Path) -> str:
+    """Compute the SHA-256 of a config and, recursively, of the configs that it names."""
+    text = path.read_text()
+    names = dict.fromkeys(re.findall(r"[\w./-]+\.(?:py|yaml)\b", text))
+    bases = [base for name in names if (base := path.parent / name).is_file()]
+    return hashlib.sha256("".join([text, *map(compute_config_checksum, bases)]).encode()).hexdigest()
+
+
+def check_record(folder: Path, record: dict[str, Any]) -> None:
+    """Check that the run in a folder, if it has a result or a checkpoint, has the recipe of `record`.
+
+    Raises:
+        UsageError: a finished run has other options, or an unfinished one has other options, another config, or no
+            record, which versions without records have written.
+    """
+    if (folder / "done.json").exists():
+        previous = json.loads((folder / "done.json").read_text())
+        if previous.get("options", record["options"]) != record["options"]:
+            raise UsageError(
+                f"--out: {folder} has the recipe '{previous['recipe']}'; use another --out for other options"
+            )
+    elif has_checkpoint(folder):
+        previous = read_started(folder)
+        if any(previous.get(key) != record[key] for key in ("options", "config_sha256")):
+            raise UsageError(
+                f"--out: {folder} contains an unfinished run of another recipe; delete that folder or use another --out"
+            )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the run in a folder can be resumed."""
+    return (folder / "run" / "last_checkpoint").exists()
+
+
+def read_started(folder: Path) -> dict[str, Any]:
+    """Return the record of the recipe with which the run in a folder was started last; empty if there is none."""
+    path = folder / "started.json"
+    return json.loads(path.read_text()) if path.exists() else {}
