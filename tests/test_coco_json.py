@@ -1,4 +1,4 @@
-"""One's own COCO-style files: what is read from them, and what is refused."""
+"""The COCO-style files of custom datasets: what is read from them, and what is refused."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.detection_data import HEIGHT, WIDTH, make_custom_data
-from transfer.detection.coco_json import CocoData, read_coco
+from transfer.detection.coco_json import CocoData, read_classes, read_coco
 from utils.errors import UsageError
 
 Content = dict[str, Any]
@@ -51,7 +51,8 @@ def test_classes_are_numbered_from_one_in_the_order_of_their_ids(folder: Path) -
     assert data.content["images"] == original["images"]
     for annotation, before in zip(data.content["annotations"], original["annotations"], strict=True):
         assert annotation == before | {"category_id": {7: 1, 40: 2}[before["category_id"]]}
-    assert (data.num_training_images, data.num_masks, data.num_ignored) == (6, 22, 0)
+    assert (data.num_training_images, len(data.objects), data.num_without_mask, data.num_ignored) == (6, 22, 0, 0)
+    assert data.has_masks
     assert not data.has_encoded_masks
 
 
@@ -64,7 +65,8 @@ def test_optional_fields_are_completed(folder: Path) -> None:
 
     complete, data = read(folder), read(folder, remove_optional)
     assert data.content["images"] == complete.content["images"]
-    assert data.num_masks == 0
+    assert data.num_without_mask == 22
+    assert not data.has_masks
     for annotation, expected in zip(data.content["annotations"], complete.content["annotations"], strict=True):
         assert annotation == {key: value for key, value in expected.items() if key != "segmentation"}
 
@@ -85,7 +87,7 @@ def test_crowds_are_not_objects_to_learn(folder: Path) -> None:
 
     data = read(folder, mark)
     assert len(data.content["annotations"]) == 22
-    assert len(data.objects) == data.num_masks == 19
+    assert len(data.objects) == 19
     assert data.num_training_images == 5
     assert not data.has_encoded_masks
 
@@ -99,8 +101,25 @@ def test_masks_are_polygons_or_run_length_codes(folder: Path) -> None:
     data = read(folder, add_masks)
     masks = [annotation.get("segmentation") for annotation in data.content["annotations"]]
     assert masks[:5] == [RLE, RLE | {"counts": "abc"}, [[1, 1, 9, 1, 9, 9]], None, None]
-    assert data.num_masks == 20
+    assert data.num_without_mask == 2
     assert data.has_encoded_masks
+
+
+def test_crowds_without_a_mask_are_counted(folder: Path) -> None:
+    def remove_mask(content: Content) -> None:
+        content["annotations"][0].update(iscrowd=1, segmentation=[])
+
+    assert read(folder, remove_mask).num_without_mask == 1
+
+
+def test_classes_are_read_without_images_and_annotations(folder: Path) -> None:
+    path = folder / "train.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"categories": content["categories"]}))
+    assert read_classes(path) == ["first", "second"]
+    path.write_text(json.dumps({"categories": content["categories"] * 2}))
+    with pytest.raises(UsageError, match=r"--train-json .*: 2 of the categories have the id 40"):
+        read_classes(path)
 
 
 def test_validation_classes_are_matched_by_name(folder: Path) -> None:
@@ -140,6 +159,8 @@ REFUSED: dict[str, tuple[Callable[[Content], Any], str]] = {
     "short_box": (edit_annotation(3, bbox=[1, 2, 3]), "annotation 4: its bbox [1, 2, 3] is not [x, y, width, height]"),
     "nan": (edit_annotation(3, bbox=[1, 2, 3, float("nan")]), "annotation 4: its bbox"),
     "area": (edit_annotation(3, area="big"), "annotation 4: its area 'big' is not a number"),
+    "iscrowd": (edit_annotation(3, iscrowd="0"), "annotation 4: its iscrowd '0' is not 0 or 1"),
+    "ignore": (edit_annotation(3, ignore=None), "annotation 4: its ignore None is not 0 or 1"),
     "image_id": (edit_annotation(3, image_id=99), "1 of 22 annotations refer to images that are not in the file"),
     "category_id": (edit_annotation(3, category_id=1), "refer to categories that are not in the file; the first has"),
     "duplicate_image": (lambda content: content["images"][1].update(id=0), "2 of the images have the id 0"),
@@ -184,6 +205,8 @@ def test_unsuitable_files_are_refused(folder: Path) -> None:
         read_coco("train", folder, folder / "train")
     with pytest.raises(UsageError, match=r"--train-images .*: no such folder"):
         read_coco("train", path, folder / "missing")
+    with pytest.raises(UsageError, match=r"--train-images .*: is a file; name a folder"):
+        read_coco("train", path, path)
     (folder / "train" / "000000000003.jpg").write_bytes(b"text")
     with pytest.raises(UsageError, match=r"000000000003.jpg is not an image that can be read"):
         read_coco("train", path, folder / "train")

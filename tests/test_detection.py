@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import gc
 import importlib
 import json
 import logging
@@ -28,8 +29,10 @@ from tests.checkpoint_data import CodeInPickle
 from tests.detection_data import HEIGHT, WIDTH, make_cityscapes, make_coco, make_custom_data
 from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
-from transfer.detection import d2_config, d2_custom_data, d2_weights, train_net
-from transfer.detection.d2_custom_data import Schedule, schedule_for
+from transfer.detection import d2_config, d2_registration, d2_weights, train_net
+from transfer.detection.coco_json import CocoData
+from transfer.detection.d2_custom_dataset import read_custom_dataset
+from transfer.detection.d2_solver import SolverSettings, default_solver_settings
 from transfer.detection.d2_weights import BACKBONE, WeightsFile
 from transfer.finetuning import data_root
 from transfer.results import write_json
@@ -280,49 +283,66 @@ def test_numpy_integers_and_booleans_keep_their_type_in_results(tmp_path: Path) 
     assert "".join((tmp_path / "results.json").read_text().split()) == "[5,true,5,5.0]"
 
 
-# One's own data without detectron2
+# Custom datasets without detectron2
 
 
-def test_schedule_follows_from_the_number_of_images() -> None:
-    coco = schedule_for(117_266)
-    assert {"IMS_PER_BATCH": coco.batch_size, "BASE_LR": coco.learning_rate} | {
+def test_solver_settings_follow_from_the_number_of_images() -> None:
+    coco = default_solver_settings(117_266)
+    assert {"IMS_PER_BATCH": coco.ims_per_batch, "BASE_LR": coco.base_lr} | {
         "STEPS": coco.steps,
         "MAX_ITER": coco.max_iter,
     } == COCO_1X
-    assert (coco.warmup, coco.period, coco.precise_bn) == (1000, 18000, 200)
-    assert schedule_for(2975) == Schedule(16, 0.02, 14336, (9557, 12743), warmup=1000, period=2868, precise_bn=186)
-    assert schedule_for(5) == Schedule(5, 0.00625, 1881, (1254, 1672), warmup=188, period=377, precise_bn=1)
+    assert (coco.warmup_iters, coco.eval_period, coco.precise_bn_iters) == (1000, 18000, 200)
+    assert default_solver_settings(2975) == SolverSettings(
+        16, 0.02, 14336, (9557, 12743), warmup_iters=1000, eval_period=2868, precise_bn_iters=186
+    )
+    assert default_solver_settings(5) == SolverSettings(
+        5, 0.00625, 1881, (1254, 1672), warmup_iters=188, eval_period=377, precise_bn_iters=1
+    )
 
 
-def test_schedule_follows_from_batch_length_and_processes() -> None:
-    default, small = schedule_for(100), schedule_for(100, batch_size=4)
-    assert small.learning_rate == default.learning_rate / 4
-    assert small.max_iter * small.batch_size == pytest.approx(default.max_iter * default.batch_size, abs=16)
-    assert schedule_for(100, max_iter=90) == Schedule(16, 0.02, 90, (60, 80), warmup=9, period=18, precise_bn=7)
-    assert schedule_for(100, processes=3).batch_size == 15
-    assert schedule_for(5, processes=4).batch_size == 4
-    with pytest.raises(UsageError, match="5 images with objects are too few for 8 GPUs"):
-        schedule_for(5, processes=8)
+def test_solver_settings_follow_from_batch_size_length_and_processes() -> None:
+    default, small = default_solver_settings(100), default_solver_settings(100, ims_per_batch=4)
+    assert small.base_lr == default.base_lr / 4
+    assert small.max_iter * small.ims_per_batch == pytest.approx(default.max_iter * default.ims_per_batch, abs=16)
+    assert default_solver_settings(100, max_iter=90) == SolverSettings(
+        16, 0.02, 90, (60, 80), warmup_iters=9, eval_period=18, precise_bn_iters=7
+    )
+    assert default_solver_settings(100, max_iter=1).steps == ()
+    assert default_solver_settings(100, processes=3).ims_per_batch == 15
+    many = default_solver_settings(100, processes=32)
+    assert (many.ims_per_batch, many.base_lr, many.max_iter) == (32, 0.04, math.ceil(default.max_iter / 2))
 
 
-OWN_DATA = ["--train-json", "a.json", "--train-images", "a", "--val-json", "b.json", "--val-images", "b"]
+CUSTOM_DATASET = ["--train-json", "a.json", "--train-images", "a", "--val-json", "b.json", "--val-images", "b"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (OWN_DATA[:-2], "--val-images is missing; --train-json, --train-images, --val-json and --val-images go tog"),
-        (OWN_DATA[2:], "--train-json is missing"),
-        ([*OWN_DATA, "--auto-scale"], "--auto-scale: own data has a schedule of its own"),
-        ([*OWN_DATA, "DATASETS.TEST", "('coco_2017_val',)"], "DATASETS.TEST: follows from --train-json"),
-        ([*OWN_DATA, "MODEL.ROI_HEADS.NUM_CLASSES", "3"], "MODEL.ROI_HEADS.NUM_CLASSES: follows from --train-json"),
-        (OWN_DATA, "--train-json a.json: no such file"),
+        (CUSTOM_DATASET[:-2], "--val-images is missing; --train-json, --train-images, --val-json and --val-images go"),
+        (CUSTOM_DATASET[2:], "--train-json is missing"),
+        ([*CUSTOM_DATASET[:2], *CUSTOM_DATASET[4:]], "--train-images is missing"),
+        (["--eval-only", *CUSTOM_DATASET[4:]], "--train-json is missing; --train-json, --val-json and --val-images go"),
+        ([*CUSTOM_DATASET, "--auto-scale"], "--auto-scale: custom datasets have a schedule of their own"),
+        ([*CUSTOM_DATASET, "DATASETS.TEST", "('coco_2017_val',)"], "DATASETS.TEST: follows from --train-json"),
+        ([*CUSTOM_DATASET, "MODEL.ROI_HEADS.NUM_CLASSES", "3"], "MODEL.ROI_HEADS.NUM_CLASSES: follows from --train-"),
+        (CUSTOM_DATASET, "--train-json a.json: no such file"),
     ],
 )
-def test_unsuitable_flags_of_own_data_are_refused(arguments: list[str], message: str) -> None:
+def test_unsuitable_flags_of_custom_datasets_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
-        d2_custom_data.read_custom_data(train_net.parse_args(["--config-file", CUSTOM, *arguments]))
+        read_custom_dataset(train_net.parse_args(["--config-file", CUSTOM, *arguments]))
     assert str(error.value).startswith(message)
+
+
+def test_evaluation_reads_no_training_images(tmp_path: Path) -> None:
+    make_custom_data(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    flags = [f"--train-json={tmp_path}/train.json", f"--val-json={tmp_path}/val.json", f"--val-images={tmp_path}/val"]
+    dataset = read_custom_dataset(train_net.parse_args(["--config-file", CUSTOM, "--eval-only", *flags]))
+    assert dataset is not None
+    assert {split: coco.classes for split, coco in dataset.items()} == {"val": ["first", "second"]}
 
 
 # Weights without detectron2: a ResNet-18 under detectron2's names in place of the configs' ResNet-50
@@ -700,7 +720,7 @@ def test_usage_error_is_one_line_and_writes_nothing(
     assert not (tmp_path / "output").exists()
 
 
-# With detectron2, on one's own data
+# With detectron2, on custom datasets
 
 SMALL_MODEL = {
     "MODEL.RESNETS.DEPTH": "18",
@@ -714,7 +734,7 @@ SMALL_MODEL = {
 
 @pytest.fixture(scope="module")
 def custom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Own data with polygons, one run-length code, and a box without area."""
+    """A custom dataset with polygons, one run-length code, and a box without area."""
     folder = tmp_path_factory.mktemp("custom")
     make_custom_data(folder)
     content = json.loads((folder / "train.json").read_text())
@@ -757,14 +777,16 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_training_on_own_data_ends_with_box_and_mask_ap(trained_on_custom_data: Path) -> None:
+def test_training_on_a_custom_dataset_ends_with_box_and_mask_ap(trained_on_custom_data: Path) -> None:
     results = read_results(trained_on_custom_data)
     assert set(results) == {"bbox", "segm"}
     for metrics in results.values():
         assert all(math.isfinite(metrics[name]) for name in ("AP", "AP-first", "AP-second"))
     log = (trained_on_custom_data / "log.txt").read_text()
     assert "--train-json: 6 images, 21 objects, number of classes 2; 1 annotations without area are ignored" in log
-    assert "schedule for 6 images with objects: batch 2, learning rate 0.001 divided by 10 after 1 of 2 it" in log
+    assert (
+        "schedule for 6 images with objects: batch 2, number of iterations 2, learning rate 0.001 divided by 10" in log
+    )
     assert "120 of 120 backbone tensors" in log
     assert math.isfinite(json.loads((trained_on_custom_data / "metrics.json").read_text().splitlines()[0])["loss_mask"])
 
@@ -786,7 +808,7 @@ def test_first_images_are_evaluated_as_if_they_were_all(
     assert results[0] != read_results(trained_on_custom_data)
 
 
-def test_run_on_own_data_resumes(
+def test_run_on_a_custom_dataset_resumes(
     trained_on_custom_data: Path, trainer: ModuleType, custom_data: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(trained_on_custom_data, tmp_path / "run"))
@@ -810,26 +832,109 @@ def test_annotations_without_masks_train_boxes_only(
     assert "boxes only: the model has no mask head, because --train-json has no masks" in log
 
 
-def test_settings_follow_from_own_data_unless_overridden(trainer: ModuleType, custom_data: Path) -> None:
+def test_settings_follow_from_a_custom_dataset_unless_overridden(trainer: ModuleType, custom_data: Path) -> None:
     paths = custom_command(custom_data)[:8]
     args = train_net.parse_args([*paths, "SOLVER.MAX_ITER", "90", "SOLVER.WARMUP_ITERS", "5"])
-    cfg, notes = d2_config.load_config(args, d2_custom_data.read_custom_data(args))
+    cfg, notes = d2_config.load_config(args, read_custom_dataset(args))
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("custom_train",), ("custom_val",))
     assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT) == (2, True, "bitmask")
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (6, 0.0075, 90)
     assert (solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == ((60, 80), 5, 18)
     assert (cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER) == (18, 1)
-    assert "batch 6, learning rate 0.0075 divided by 10 after 60 and 80 of 90 iterations, warm-up 5" in notes[-1]
+    assert "iterations 90, learning rate 0.0075 divided by 10 after 60 and 80, warm-up 5; evaluation" in notes[-1]
+    args.opts = ["SOLVER.MAX_ITER", "1"]
+    _, notes = d2_config.load_config(args, read_custom_dataset(args))
+    assert "iterations 1, learning rate 0.0075, warm-up 0; evaluation every 1" in notes[-1]
+    args.opts = ["SOLVER.IMS_PER_BATCH", "0"]
+    with pytest.raises(UsageError, match=r"SOLVER.IMS_PER_BATCH 0: must be at least 1"):
+        d2_config.load_config(args, read_custom_dataset(args))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("iscrowd", [0, 1])
 def test_missing_masks_are_refused_and_nothing_is_written(
-    trainer: ModuleType, custom_data: Path, tmp_path: Path, capsys: CAPSYS
+    split: str, iscrowd: int, trainer: ModuleType, custom_data: Path, tmp_path: Path, capsys: CAPSYS
 ) -> None:
     data = Path(shutil.copytree(custom_data, tmp_path / "data"))
-    content = json.loads((data / "val.json").read_text())
-    del content["annotations"][0]["segmentation"]
-    (data / "val.json").write_text(json.dumps(content))
+    content = json.loads((data / f"{split}.json").read_text())
+    del content["annotations"][2]["segmentation"]
+    content["annotations"][2]["iscrowd"] = iscrowd
+    (data / f"{split}.json").write_text(json.dumps(content))
     message = run_expecting_usage_error(train_net.main, custom_command(data, OUTPUT_DIR=tmp_path / "run"), capsys)
-    assert "--val-json: 1 of 10 objects have no mask; add the masks, or MODEL.MASK_ON False" in message
+    total = {"train": 21, "val": 10}[split]
+    assert f"--{split}-json: 1 of {total} annotations (crowds included) have no mask; add the masks, or" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_reads_and_writes_validation_data_only(
+    trained_on_custom_data: Path, trainer: ModuleType, custom_data: Path, tmp_path: Path
+) -> None:
+    weights, data = trained_on_custom_data / "model_final.pth", tmp_path / "data"
+    shutil.copytree(custom_data, data, ignore=shutil.ignore_patterns("train"))
+    categories = json.loads((data / "train.json").read_text())["categories"]
+    (data / "train.json").write_text(json.dumps({"categories": categories}))
+    arguments = custom_command(data, "--eval-only", MODEL__WEIGHTS=weights, OUTPUT_DIR=tmp_path / "run")
+    train_net.main([word for word in arguments if not word.startswith("--train-images")])
+    assert read_results(tmp_path / "run") == read_results(trained_on_custom_data)
+    assert [path.name for path in (tmp_path / "run" / "annotations").iterdir()] == ["val.json"]
+
+
+def test_each_machine_writes_and_reads_its_own_annotations(
+    trainer: ModuleType, custom_data: Path, tmp_path: Path
+) -> None:
+    for rank in (0, 1):
+        args = train_net.parse_args([*custom_command(custom_data)[:8], "--machine-rank", str(rank)])
+        dataset = read_custom_dataset(args)
+        assert dataset is not None
+        d2_registration.write_annotations(dataset, tmp_path, rank)
+        d2_registration.register(args, tmp_path)
+        names = [Path(trainer.MetadataCatalog.get(name).json_file).name for name in ("custom_train", "custom_val")]
+        assert names == [["train.json", "val.json"], ["train_machine1.json", "val_machine1.json"]][rank]
+    assert len(list((tmp_path / "annotations").iterdir())) == 4
+
+
+def test_annotations_are_released_before_training(
+    trainer: ModuleType,
+    resnet18: torchvision_models.ResNet,
+    custom_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, referenced = tmp_path / "encoder.pkl", []
+
+    def find_annotations(*_: Any) -> None:
+        gc.collect()
+        referenced.append(any(type(thing) is CocoData for thing in gc.get_objects()))
+
+    monkeypatch.setattr(trainer, "launch", find_annotations)
+    weights.write_bytes(pickle.dumps(convert(resnet18, "resnet18")))
+    train_net.main(custom_command(custom_data, MODEL__WEIGHTS=weights, OUTPUT_DIR=tmp_path / "run"))
+    assert referenced == [False]
+
+
+@pytest.mark.parametrize(("max_val_images", "count"), [(None, 3), (2, 2)])
+def test_validation_data_is_loaded_once(
+    max_val_images: int | None,
+    count: int,
+    trainer: ModuleType,
+    custom_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from detectron2.data import DatasetCatalog
+
+    loads = []
+
+    def load() -> list[dict[str, Any]]:
+        loads.append(1)
+        return [
+            {"file_name": str(path), "image_id": number, "height": HEIGHT, "width": WIDTH}
+            for number, path in enumerate(sorted((custom_data / "val").iterdir()))
+        ]
+
+    monkeypatch.setitem(DatasetCatalog.data, "counted", load)
+    monkeypatch.setattr(trainer.Trainer, "max_val_images", max_val_images)
+    cfg, _ = load_config("--num-gpus", "0", "DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TEST", "48")
+    batches = list(trainer.Trainer.build_test_loader(cfg, "counted"))
+    assert [(len(batch), min(batch[0]["image"].shape[1:])) for batch in batches] == [(1, 48)] * count
+    assert loads == [1]

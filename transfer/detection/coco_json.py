@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from data.datasets import check_folder
 from utils.errors import UsageError
 
 _REQUIRED = {
@@ -44,9 +45,14 @@ class CocoData:
         return len({annotation["image_id"] for annotation in self.objects})
 
     @property
-    def num_masks(self) -> int:
-        """Number of objects with a mask."""
-        return sum("segmentation" in annotation for annotation in self.objects)
+    def has_masks(self) -> bool:
+        """Whether an object has a mask."""
+        return any("segmentation" in annotation for annotation in self.objects)
+
+    @property
+    def num_without_mask(self) -> int:
+        """Number of annotations without a mask, including crowds, whose masks COCO's evaluation needs as well."""
+        return sum("segmentation" not in annotation for annotation in self.content["annotations"])
 
     @property
     def has_encoded_masks(self) -> bool:
@@ -66,16 +72,16 @@ def read_coco(split: str, path: Path, folder: Path, classes: list[str] | None = 
             that is not there, or it has other categories than `classes`.
     """
     where = f"--{split}-json {path}"
-    content = _load(where, path)
+    content = _load(where, path, ("images", "categories", "annotations"))
+    names = _class_names(where, content)
     _check_references(where, content)
+    check_folder(f"--{split}-images", folder)
     sizes = _read_sizes(f"--{split}-images {folder}", content["images"], folder)
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    names = [category["name"] for category in categories]
     if classes is not None and (unknown := [name for name in names if name not in classes]):
         raise UsageError(f"{where}: category {unknown[0]!r} is not in --train-json; use the same categories")
-    numbers = {category["id"]: (classes or names).index(category["name"]) + 1 for category in categories}
+    class_ids = {item["id"]: (classes or names).index(item["name"]) + 1 for item in content["categories"]}
     annotations = [
-        _to_annotation(where, number, annotation, numbers, sizes[annotation["image_id"]])
+        _to_annotation(where, number, annotation, class_ids, sizes[annotation["image_id"]])
         for number, annotation in enumerate(content["annotations"], start=1)
     ]
     kept = [annotation for annotation in annotations if annotation]
@@ -91,8 +97,18 @@ def read_coco(split: str, path: Path, folder: Path, classes: list[str] | None = 
     return CocoData(classes or names, normalized, len(annotations) - len(kept))
 
 
-def _load(where: str, path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return a file whose lists have the required fields, with their types."""
+def read_classes(path: Path) -> list[str]:
+    """Read the class names of the file of --train-json, in the order of their ids; its images need not exist.
+
+    Raises:
+        UsageError: the file is missing, or its categories are not COCO-style.
+    """
+    where = f"--train-json {path}"
+    return _class_names(where, _load(where, path, ("categories",)))
+
+
+def _load(where: str, path: Path, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return a file whose lists `keys` have the required fields, with their types."""
     if not path.is_file():
         raise UsageError(f"{where}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
@@ -101,26 +117,36 @@ def _load(where: str, path: Path) -> dict[str, list[dict[str, Any]]]:
         raise UsageError(f"{where}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: invalid JSON ({error})") from None
-    for key, fields in _REQUIRED.items():
+    for key in keys:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise UsageError(f"{where}: not COCO-style, because it has no list {key!r}")
         if not entries:
             raise UsageError(f"{where}: the list {key!r} is empty")
         for number, entry in enumerate(entries):
-            for field, kind in fields.items():
+            for field, kind in _REQUIRED[key].items():
                 if not isinstance(entry, dict) or type(entry.get(field)) is not kind:
                     kinds = {int: "a whole number", str: "a string", list: "a list"}
                     raise UsageError(f"{where}: not COCO-style, because {key}[{number}].{field} is not {kinds[kind]}")
     return content
 
 
+def _class_names(where: str, content: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return the names of the categories, which have to be unique, in the order of their ids."""
+    for field in ("id", "name"):
+        _check_unique(where, content, "categories", field)
+    return [category["name"] for category in sorted(content["categories"], key=lambda category: category["id"])]
+
+
+def _check_unique(where: str, content: dict[str, list[dict[str, Any]]], key: str, field: str) -> None:
+    value, count = Counter(entry[field] for entry in content[key]).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{where}: {count} of the {key} have the {field} {value!r}; it must be unique")
+
+
 def _check_references(where: str, content: dict[str, list[dict[str, Any]]]) -> None:
-    """Check that ids and class names are unique and that annotations refer to existing images and categories."""
-    for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
-        value, count = Counter(entry[field] for entry in content[key]).most_common(1)[0]
-        if count > 1:
-            raise UsageError(f"{where}: {count} of the {key} have the {field} {value!r}; it must be unique")
+    """Check that the ids of images are unique and that annotations refer to existing images and categories."""
+    _check_unique(where, content, "images", "id")
     for key, field in (("images", "image_id"), ("categories", "category_id")):
         known = {entry["id"] for entry in content[key]}
         unknown = [entry[field] for entry in content["annotations"] if entry[field] not in known]
@@ -133,8 +159,6 @@ def _check_references(where: str, content: dict[str, list[dict[str, Any]]]) -> N
 
 def _read_sizes(where: str, images: list[dict[str, Any]], folder: Path) -> dict[int, tuple[int, int]]:
     """Return width and height of each image by its id, from the headers of the files, which all have to exist."""
-    if not folder.is_dir():
-        raise UsageError(f"{where}: no such folder")
     missing = [image["file_name"] for image in images if not (folder / image["file_name"]).is_file()]
     if missing:
         raise UsageError(f"{where}: {len(missing)} of {len(images)} images are missing, the first is {missing[0]}")
@@ -155,7 +179,7 @@ def _read_sizes(where: str, images: list[dict[str, Any]], folder: Path) -> dict[
 
 
 def _to_annotation(
-    where: str, number: int, annotation: dict[str, Any], numbers: dict[int, int], size: tuple[int, int]
+    where: str, number: int, annotation: dict[str, Any], class_ids: dict[int, int], size: tuple[int, int]
 ) -> dict[str, Any] | None:
     """Return an annotation with all of COCO's fields; None if its box has no area within the image."""
     described = f"{where}: annotation {annotation.get('id', number)}"
@@ -168,13 +192,17 @@ def _to_annotation(
     area = annotation.get("area", box[2] * box[3])
     if not _are_numbers([area]):
         raise UsageError(f"{described}: its area {area!r} is not a number")
+    crowd_fields = {field: annotation.get(field, 0) for field in ("iscrowd", "ignore")}
+    for field, value in crowd_fields.items():
+        if value not in (0, 1):
+            raise UsageError(f"{described}: its {field} {value!r} is not 0 or 1")
     result = {
         "id": number,  # COCO's evaluation takes an object with the id 0 for one that was not found
         "image_id": annotation["image_id"],
-        "category_id": numbers[annotation["category_id"]],
+        "category_id": class_ids[annotation["category_id"]],
         "bbox": box,
         "area": area,
-        "iscrowd": int(bool(annotation.get("iscrowd") or annotation.get("ignore"))),
+        "iscrowd": int(any(crowd_fields.values())),
     }
     mask = _to_mask(described, annotation.get("segmentation"), size)
     return result | {"segmentation": mask} if mask else result

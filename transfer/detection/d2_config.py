@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer.detection import d2_custom_data
-from transfer.detection.d2_custom_data import CustomData
-from transfer.finetuning import data_root
+from transfer.detection import d2_custom_config
+from transfer.detection.d2_custom_dataset import FLAGS, CustomDataset
+from transfer.detection.d2_registration import DATASET_NAMES
+from transfer.finetuning import CONFIG_GPUS, data_root
 from utils.errors import UsageError
 from utils.files import check_writable
 
-_CONFIG_GPUS = 8
 _EVALUATORS = ("coco", "cityscapes_instance")
 
 
-def load_config(args: argparse.Namespace, data: CustomData | None = None) -> tuple[Any, list[str]]:
+def load_config(args: argparse.Namespace, dataset: CustomDataset | None = None) -> tuple[Any, list[str]]:
     """Load the detectron2 config of a command for this machine's devices. Return it, frozen, and notes for the log.
 
     Args:
-        data: the command's own data, from which classes and schedule follow; None for the datasets of the config.
+        dataset: the custom dataset, from which classes and schedule follow; None for the datasets of the config.
 
     Raises:
         UsageError: the file, a key or a value is invalid, or this machine has fewer GPUs.
@@ -41,12 +41,12 @@ def load_config(args: argparse.Namespace, data: CustomData | None = None) -> tup
     except (yaml.YAMLError, KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
     processes, notes = configure_device(cfg, args)
-    if data:
-        notes += d2_custom_data.configure(cfg, data, args.opts, processes)
+    if dataset:
+        notes += d2_custom_config.configure(cfg, dataset, args, processes)
     if args.auto_scale:
         cfg = scale_schedule(cfg, processes)
         solver = f"batch {cfg.SOLVER.IMS_PER_BATCH}, lr {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations"
-        notes.append(f"--auto-scale: {solver}, for {processes} processes instead of {_CONFIG_GPUS}")
+        notes.append(f"--auto-scale: {solver}, for {processes} processes instead of {CONFIG_GPUS}")
     if cfg.SOLVER.IMS_PER_BATCH % processes and not args.eval_only:
         raise UsageError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: not a multiple of {processes} GPUs")
     if args.max_val_images:
@@ -104,12 +104,12 @@ def scale_schedule(cfg: Any, processes: int) -> Any:
     """
     from detectron2.engine import DefaultTrainer
 
-    if cfg.SOLVER.IMS_PER_BATCH % _CONFIG_GPUS:
+    if cfg.SOLVER.IMS_PER_BATCH % CONFIG_GPUS:
         raise UsageError(
             f"--auto-scale: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the configs' "
-            f"{_CONFIG_GPUS} GPUs; leave it as in the config, or scale without --auto-scale"
+            f"{CONFIG_GPUS} GPUs; leave it as in the config, or scale without --auto-scale"
         )
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = _CONFIG_GPUS
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = CONFIG_GPUS
     return DefaultTrainer.auto_scale_workers(cfg, processes)
 
 
@@ -137,8 +137,8 @@ def check_data(cfg: Any, args: argparse.Namespace) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     for name in cfg.DATASETS.TEST if args.eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
-        if name in d2_custom_data.DATASETS.values():
-            raise UsageError(f"DATASETS: {name} needs {', '.join(d2_custom_data.FLAGS)}")
+        if name in DATASET_NAMES.values():
+            raise UsageError(f"DATASETS: {name} needs {', '.join(FLAGS)}")
         if name not in DatasetCatalog.list():
             raise UsageError(f"DATASETS: detectron2 has no dataset {name}")
         check_dataset(name, MetadataCatalog.get(name).as_dict(), args.num_machines, args.max_val_images)

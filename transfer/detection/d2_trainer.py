@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.data.samplers import InferenceSampler
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import DefaultTrainer, default_setup, launch
 from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.utils.data import DataLoader
 
-from transfer.detection import d2_config, d2_custom_data, d2_weights
+from transfer.detection import d2_config, d2_custom_dataset, d2_registration, d2_weights
 from transfer.results import write_json
 
 _CITYSCAPES_PACKAGE = "deeplearning.projects.cityscapesApi.cityscapesscripts"
@@ -45,8 +49,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        if cls.max_val_images is None:
+            return super().build_test_loader(cfg, dataset_name)
         images = get_detection_dataset_dicts(dataset_name, filter_empty=False)[: cls.max_val_images]  # sorted by id
-        return build_detection_test_loader(cfg, dataset_name, dataset=images, sampler=InferenceSampler(len(images)))
+        mapper = DatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(images, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -66,27 +73,39 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, then train or evaluate in one process per GPU, or in one on the CPU.
 
     Raises:
+        UsageError: as `prepare`.
+    """
+    cfg, notes = prepare(args)
+    gpus = 1 if cfg.MODEL.DEVICE == "cpu" else args.num_gpus
+    launch(run_process, gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg, notes))
+
+
+def prepare(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
+    """Check everything, and write the annotations of a custom dataset. Return the config and notes for the log.
+
+    The annotations, gigabytes for COCO, are released on return; each process reads those that it needs.
+
+    Raises:
         UsageError: the config, the data, the weights or OUTPUT_DIR is unsuitable; nothing has been written.
     """
     d2_config.check_options(args)
-    data = d2_custom_data.read_custom_data(args)
-    cfg, notes = d2_config.load_config(args, data)
+    dataset = d2_custom_dataset.read_custom_dataset(args)
+    cfg, notes = d2_config.load_config(args, dataset)
     d2_config.check_output_dir(cfg, resume_or_eval=args.resume or args.eval_only)
-    if data is None:
+    if dataset is None:
         d2_config.check_data(cfg, args)
     file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
     d2_weights.check_weights(file, d2_config.model_state(cfg))
-    if data:
-        d2_custom_data.write_annotations(data, Path(cfg.OUTPUT_DIR))
-    gpus = 1 if cfg.MODEL.DEVICE == "cpu" else args.num_gpus
-    launch(run_process, gpus, args.num_machines, args.machine_rank, args.dist_url, (args, cfg, notes))
+    if dataset:
+        d2_registration.write_annotations(dataset, Path(cfg.OUTPUT_DIR), args.machine_rank)
+    return cfg, notes
 
 
 def run_process(args: argparse.Namespace, cfg: CfgNode, notes: list[str]) -> None:
     """Train or evaluate in one of the processes; the main one writes OUTPUT_DIR/results.json."""
     Trainer.max_val_images = args.max_val_images
-    if d2_custom_data.has_custom_data(args):
-        d2_custom_data.register(args, Path(cfg.OUTPUT_DIR))
+    if d2_custom_dataset.uses_custom_dataset(args):
+        d2_registration.register(args, Path(cfg.OUTPUT_DIR))
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="transfer")
     for note in notes:

@@ -102,6 +102,15 @@ def read_weights(file: WeightsFile) -> FileContents:
     return FileContents(weights, caffe2)
 
 
+def has_mask_head(file: WeightsFile) -> bool:
+    """Return whether a file holds a detector with a mask head.
+
+    Raises:
+        UsageError: as `read_weights`.
+    """
+    return any(name.startswith("roi_heads.mask_head.") for name in read_weights(file).tensors)
+
+
 def _is_weight(name: Any, value: Any) -> bool:
     """Return whether an entry of a file is a tensor of the network; Caffe2's files also hold the optimizer's."""
     is_numeric = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiu")

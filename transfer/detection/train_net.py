@@ -10,6 +10,7 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from transfer.detection import d2_custom_dataset
 from transfer.finetuning import data_root
 from utils import distributed
 from utils.config import at_least, make_parser
@@ -27,17 +28,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-machines", type=at_least(1), default=1, help="total number of machines")
     add("--machine-rank", type=at_least(0), default=0, help="rank of this machine, from 0")
     add("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT for several machines")
-    classes = "COCO-style annotations of your own training images; its categories are the classes"
-    add("--train-json", type=Path, metavar="FILE", help=classes)
-    add("--train-images", type=Path, metavar="FOLDER", help="images of --train-json")
-    add("--val-json", type=Path, metavar="FILE", help="COCO-style annotations of your own validation images")
-    add("--val-images", type=Path, metavar="FOLDER", help="images of --val-json")
     add("--max-val-images", type=at_least(1), metavar="N", help="evaluate only the first N images (default: all)")
     add(
         "--auto-scale",
         action="store_true",
         help="scale the configs' batch and learning rate from 8 GPUs to those in use, and the schedule inversely",
     )
+    d2_custom_dataset.add_arguments(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_args(argv)
 
