@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,9 @@ def check_files(train: LabeledSplit, val: LabeledSplit, num_classes: int) -> Non
     Raises:
         UsageError: naming the first file that is wrong, or a folder of masks with too few classes.
     """
-
-    def largest_class(pair: tuple[Path, Path]) -> int:
-        return _largest_class(*pair, num_classes)
-
     pairs = [*train.pairs, *val.pairs]
     with ThreadPoolExecutor() as pool:  # Pillow decodes in several threads at once
-        checked = pool.map(largest_class, pairs)
+        checked = pool.map(partial(_largest_class, num_classes=num_classes), pairs)
         bar = tqdm(checked, total=len(pairs), unit="image", desc="checking files", disable=not has_progress_bar())
         largest = list(bar)
     train_largest, val_largest = max(largest[: len(train.pairs)]), max(largest[len(train.pairs) :])
@@ -69,8 +66,9 @@ def check_files(train: LabeledSplit, val: LabeledSplit, num_classes: int) -> Non
             raise UsageError(f"{masks}: all pixels are {values}; classes are 0, 1, and so on")
 
 
-def _largest_class(image_path: Path, mask_path: Path, num_classes: int) -> int:
+def _largest_class(pair: tuple[Path, Path], num_classes: int) -> int:
     """Return the largest class in a mask, or -1 if all pixels are void, after checking the mask and its image."""
+    image_path, mask_path = pair
     image, mask = _read_image(image_path), _read_image(mask_path)
     values = np.asarray(mask)
     if values.ndim != 2:
