@@ -199,7 +199,7 @@ def add_images(
     if scores is not None:
         maps = visualization.slot_grid(images, scores.cpu())
         log.add_image(step, "slots", maps)
-        visualization.save_png(maps, Path(run.args.output_dir) / "slots.png")
+        visualization.save_png("--output-dir", Path(run.args.output_dir) / "slots.png", maps)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,19 @@ from models.backbones import ARCHITECTURES
 from transfer.encoders import infer_arch
 from transfer.figures.export import SlotExport
 from transfer.figures.extractor import CenterCrops, FeatureExtractor
-from transfer.figures.layout import IMAGE_SUFFIXES, save_figure, shorten, write_file
+from transfer.figures.layout import IMAGE_SUFFIXES, save_figure, shorten
 from transfer.figures.maps import draw_maps
 from transfer.figures.neighbors import draw_neighbors
 from transfer.figures.page import build_page
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.tsne import draw_tsne
 from transfer.figures.usage import draw_usage
-from transfer.slot_model import SlotModel, load_slot_model
+from transfer.slot_model import SlotModel, extract_slot_model
 from utils import checkpoint, distributed
 from utils.config import at_least, between, make_parser
 from utils.device import choose_device, loader_workers
 from utils.errors import UsageError
-from utils.files import check_writable
+from utils.files import check_writable, write_output
 
 FIGURES = ("neighbors", "maps", "tsne", "usage")
 _MAX_TOPK = 100
@@ -128,25 +128,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def visualize(args: argparse.Namespace) -> None:
     """Load the model and the images, then write the figure, the page and the export."""
-    train_args = checkpoint.checkpoint_args(checkpoint.load(args.model_path, "--model-path"))
+    state = checkpoint.load(args.model_path, "--model-path")
+    train_args = checkpoint.checkpoint_args(state)
     resolve_outputs(args)
     args.amp = "off"
     device = choose_device(args)
-    model = load_model(args, train_args).to(device)
+    model = load_model(args, state).to(device)
+    del state
     image_size = args.image_size or 2 * int(number_or_default(train_args.get("image_size"), 224, minimum=16))
     crops = CenterCrops(find_images(args, train_args), image_size)
     extractor = FeatureExtractor(model, crops, device, args.batch_size, loader_workers(args.num_workers))
     indices = evenly_spaced(len(crops), args.max_images)
 
     if args.figure in ("maps", "tsne"):
-        save_figure(draw_images(args, extractor, indices), args.save_path)
+        save_figure("--save-path", args.save_path, draw_images(args, extractor, indices))
     if args.html or args.export or args.figure in ("neighbors", "usage"):
         stats = compute_stats_and_export(args, extractor, model, indices)
         if args.figure in ("neighbors", "usage"):
-            save_figure(draw_stats(args, extractor, stats), args.save_path)
+            save_figure("--save-path", args.save_path, draw_stats(args, extractor, stats))
         if args.html:
             details = describe(args, extractor, stats.num_images)
-            write_file(args.html, build_page(extractor, stats, args.alpha, details))
+            page = build_page(extractor, stats, args.alpha, details)
+            write_output("--html", args.html, lambda file: file.write(page))
     for name, path in (("figure", args.save_path), ("page", args.html), ("export", args.export)):
         if path:
             print(f"{name}: {path}")
@@ -178,13 +181,13 @@ def resolve_outputs(args: argparse.Namespace) -> None:
             check_writable(flag, path, args.overwrite, folder=flag == "--export")
 
 
-def load_model(args: argparse.Namespace, train_args: Mapping[str, Any]) -> SlotModel:
-    """Load the slots of --model-path, and verify the sizes and prototypes that the flags name.
+def load_model(args: argparse.Namespace, state: Mapping[str, Any]) -> SlotModel:
+    """Return the slot model in the loaded --model-path, and verify the sizes and prototypes that the flags name.
 
     Raises:
         UsageError: the file has no slots, or other sizes.
     """
-    model = load_slot_model(args.model_path, args.encoder, args.output_stride)
+    model = extract_slot_model(state, args.model_path, args.encoder, args.output_stride, "--model-path")
     count, width = model.prototypes.shape
     actual = {
         "arch": infer_arch(model.encoder.state_dict(), str(args.model_path)),
@@ -198,7 +201,8 @@ def load_model(args: argparse.Namespace, train_args: Mapping[str, Any]) -> SlotM
             raise UsageError(f"{flag} {getattr(args, name)}: {args.model_path} has {value}; omit {flag} to use that")
     if args.idxs and max(args.idxs) >= count:
         raise UsageError(f"--idxs {max(args.idxs)}: {args.model_path} has prototypes 0 to {count - 1}")
-    model.grouping.temperature = number_or_default(train_args.get("teacher_temp"), model.grouping.temperature)
+    temperature = checkpoint.checkpoint_args(state).get("teacher_temp")
+    model.grouping.temperature = number_or_default(temperature, model.grouping.temperature)
     return model
 
 

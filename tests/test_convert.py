@@ -422,11 +422,21 @@ def test_fault_is_found(
     assert all(word in line for word in (str(out), *words))
 
 
+@pytest.mark.parametrize("missing", ["IN", "OUT"])
+def test_file_that_cannot_be_read_is_named_as_in_the_help(
+    missing: str, source: Path, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+) -> None:
+    empty, out = tmp_path / "empty.pth", tmp_path / "out.pth"
+    empty.touch()
+    argv = (empty, out) if missing == "IN" else (source, empty)
+    assert f"{missing} {empty}: truncated or no checkpoint; " in convert_expecting_usage_error(*argv, "--verify")
+
+
 @pytest.mark.parametrize("error", [UsageError("they differ"), KeyboardInterrupt()])
 def test_new_file_that_was_not_verified_is_removed(
     error: BaseException, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(convert, "verify", fail)

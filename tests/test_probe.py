@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
+import utils.checkpoint
 from data import demo
 from data.datasets import build_dataset
 from data.demo import render_scene
@@ -586,9 +588,13 @@ def test_command_measures_a_checkpoint_and_its_baseline(
     checkpoint: Path,
     folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    load = Mock(wraps=utils.checkpoint.load)
+    monkeypatch.setattr(utils.checkpoint, "load", load)
     content = run_probe(name, checkpoint, folder, tmp_path, "--baseline", "random", *flags)
+    assert load.call_count == 1
     out = tmp_path / "results"
     assert sorted(path.name for path in out.iterdir()) == ["predictions.png", "results.json", "results.md"]
     assert content["images"] == {"train": 4, "val": 3}

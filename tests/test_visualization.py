@@ -138,6 +138,17 @@ def test_slot_grid_shows_images_above_their_maps() -> None:
 
 
 @pytest.mark.usefixtures("small_encoder")
+def test_slot_maps_that_cannot_be_written_are_named(
+    tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run" / "slots.png"
+    path.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        main_pretrain.main(tiny("--epochs", "1", "--warmup-epoch", "0"))
+    assert f"--output-dir {path}: cannot be written (Is a directory); use" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("small_encoder")
 def test_a_run_shows_images_spread_over_the_dataset(
     tiny: Callable[..., list[str]], images: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 import main_pretrain
+import utils.checkpoint
 import viz_slots
 from data.views import center_view
 from models import build_method
@@ -43,6 +46,8 @@ from transfer.figures.usage import draw_usage
 from transfer.slot_model import load_slot_model
 from utils.files import link_or_copy
 from utils.visualization import assign_pixels, normalize, palette, slot_grid
+
+Captured = pytest.CaptureFixture[str]
 
 K, SIZE = 8, 96
 UNUSED = (5, 7)
@@ -497,19 +502,37 @@ def test_details_are_as_wide_as_their_figure() -> None:
 
 @pytest.mark.parametrize("figure", viz_slots.FIGURES)
 def test_figure_is_written_next_to_the_checkpoint(
-    figure: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    figure: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = checkpoint.parent / f"slots_{figure}.png"
+    load = Mock(wraps=utils.checkpoint.load)
+    monkeypatch.setattr(utils.checkpoint, "load", load)
     viz_slots.main(command(checkpoint, "--figure", figure, "--points", "50", "--sampling", "4"))
+    assert load.call_count == 1
     assert capsys.readouterr().out == f"figure: {path}\n"
     with Image.open(path) as image:
         assert np.array(image.convert("RGB")).std() > 10
 
 
+@pytest.mark.parametrize(("flag", "out"), [("--save-path", "out.png"), ("--html", "out.html"), ("--export", "out")])
+def test_full_disk_is_named_with_the_flag_of_the_output(
+    flag: str, out: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SystemExit, match="2"):
+        viz_slots.main(command(checkpoint, flag, str(tmp_path / out), "--max-images", "2"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"{flag} {tmp_path / out}.*: cannot be written \(No space left on device\); use", line)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [checkpoint]
+
+
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_figure_is_saved_in_every_format(suffix: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save_figure(new_figure((1, 1), 20, "title", "details"), tmp_path / f"{name}{suffix}")
+        save_figure("--save-path", tmp_path / f"{name}{suffix}", new_figure((1, 1), 20, "title", "details"))
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 

@@ -73,12 +73,12 @@ def convert(args: argparse.Namespace) -> None:
     image = None if args.verify is None else load_image(Path(args.verify) if args.verify else None)
     writes = image is None or args.overwrite or not os.path.isfile(args.output)
     if writes:
-        encoder = read_encoder(args.input, args.encoder)
+        encoder = read_encoder(args.input, args.encoder, "IN")
         _check_output(args)
         write_converted(args.output, encoder, target)
     if image is not None:
         try:
-            comparison = verify(args.input, args.output, args.encoder, image, target)
+            comparison = verify(args.input, args.output, args.encoder, image, target, flags=("IN", "OUT"))
         except BaseException:
             if writes:
                 args.output.unlink()

@@ -65,49 +65,54 @@ def untrained_encoder(arch: str, seed: int) -> EncoderWeights:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build_encoder(arch)
-    digest = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
-    provenance = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": digest}
+    checksum = hashlib.sha256(f"untrained {arch} {seed}".encode()).hexdigest()
+    provenance = {"arch": arch, "encoder": "untrained", "source": f"random, seed {seed}", "source_sha256": checksum}
     return EncoderWeights(network.state_dict(), arch, _DEFAULT_INPUT | provenance)
 
 
-def read_encoder(path: Path | str, which: str | None = None) -> EncoderWeights:
+def read_encoder(path: Path | str, which: str | None = None, flag: str = "checkpoint") -> EncoderWeights:
     """Read an encoder from a checkpoint of this project, a released one, a backbone's, or torchvision's or timm's.
 
     A file that transfer/convert.py wrote is read as well, in every format; the provenance stays that of its source.
 
     Args:
         which: `teacher` or `student`; None for the teacher where the file has both, else for the only encoder.
+        flag: the flag or argument that names the file, which begins the messages.
 
     Raises:
         UsageError: the file is missing, damaged or holds code; it has no such encoder, or an incomplete one.
     """
-    return extract_encoder(checkpoint.load(path, "checkpoint"), path, which)
+    return extract_encoder(checkpoint.load(path, flag), path, which, flag)
 
 
-def extract_encoder(state: Mapping[str, Any], path: Path | str, which: str | None = None) -> EncoderWeights:
+def extract_encoder(
+    state: Mapping[str, Any], path: Path | str, which: str | None = None, flag: str = "checkpoint"
+) -> EncoderWeights:
     """Return the encoder in a loaded checkpoint.
 
     Args:
         path: the file that was loaded.
         which: as in `read_encoder`.
+        flag: as in `read_encoder`.
 
     Raises:
         UsageError: there is no such encoder, or an incomplete one.
     """
-    extracted = checkpoint.extract_weights(state, f"checkpoint {path}")
+    where = f"{flag} {path}"
+    extracted = checkpoint.extract_weights(state, where)
     selected, weights = checkpoint.find_encoder(extracted, which or "teacher")
     if not weights:
         raise UsageError(
-            f"{path}: no encoder in it (looked for encoder_k., encoder_q., momentum_encoder., base_encoder., "
+            f"{where}: no encoder in it (looked for encoder_k., encoder_q., momentum_encoder., base_encoder., "
             "encoder., backbone. and bare names of ResNets and ViTs)"
         )
     converted = read_provenance(state)
     selected = converted.get("encoder", selected) if selected == "only" else selected
     if which and selected != which:
         description = "neither teacher nor student" if selected == "only" else f"the {selected}"
-        raise UsageError(f"{path}: no {which} in it, its only encoder is {description}; omit --encoder to use that")
-    arch = infer_arch(weights, str(path))
-    checkpoint.check_finite(weights, str(path))
+        raise UsageError(f"{where}: no {which} in it, its only encoder is {description}; omit --encoder to use that")
+    arch = infer_arch(weights, where)
+    checkpoint.check_finite(weights, where)
     # Copies, because a tensor may be a view of a larger one, or shared.
     weights = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in weights.items()}
     provenance = converted or _checkpoint_metadata(state) | {
@@ -173,10 +178,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
-def _is_finite_triple(levels: Any) -> bool:
+def _is_finite_triple(values: Any) -> bool:
     """Return whether a value is a list of three finite numbers, one per color channel."""
-    numbers = isinstance(levels, (list, tuple)) and all(isinstance(level, (int, float)) for level in levels)
-    return numbers and len(levels) == 3 and all(abs(level) <= sys.float_info.max for level in levels)
+    numbers = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+    return numbers and len(values) == 3 and all(abs(value) <= sys.float_info.max for value in values)
 
 
 _REQUIRED_PROVENANCE = ("format", "source", "encoder", "source_sha256")

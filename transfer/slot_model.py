@@ -1,6 +1,8 @@
 """Load the encoder, projector and prototypes of a trained method."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,26 +65,60 @@ def load_slot_model(path: Path | str, which: str | None = None, output_stride: i
     Raises:
         UsageError: as `read_encoder`, or the file has no prototypes or no projector.
     """
-    state = checkpoint.load(path, "checkpoint")
-    encoder = extract_encoder(state, path, which)
-    suffix = "q" if encoder.provenance["encoder"] == "student" else "k"
-    weights = checkpoint.extract_weights(state, f"checkpoint {path}")
+    return extract_slot_model(checkpoint.load(path, "checkpoint"), path, which, output_stride)
+
+
+def extract_slot_model(
+    state: Mapping[str, Any],
+    path: Path | str,
+    which: str | None = None,
+    output_stride: int = 32,
+    flag: str = "checkpoint",
+) -> SlotModel:
+    """Return the slot model in a loaded checkpoint.
+
+    Args:
+        path: the file that was loaded.
+        which: as in `load_slot_model`.
+        output_stride: as in `load_encoder`.
+        flag: as in `read_encoder`.
+
+    Raises:
+        UsageError: there is no encoder, no prototypes or no projector, or one of them is incomplete.
+    """
+    encoder = extract_encoder(state, path, which, flag)
+    weights = checkpoint.extract_weights(state, f"{flag} {path}")
+    network = build_frozen_encoder(encoder, output_stride)
+    return build_slot_model(weights, network, encoder.provenance["encoder"], f"{flag} {path}")
+
+
+def build_slot_model(weights: Weights, encoder: nn.Module, which: str, where: str) -> SlotModel:
+    """Return the projector and prototypes among the weights of a checkpoint on an encoder.
+
+    Args:
+        which: the branch, as in `SlotModel`.
+        where: the file, as messages name it.
+
+    Raises:
+        UsageError: there are no prototypes or no projector, or one of them is incomplete.
+    """
+    suffix = "q" if which == "student" else "k"
     prefix = f"projector_{suffix}."
     projector_weights = {
         name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)
     }
     prototypes = weights.get(f"grouping_{suffix}.slot_embed.weight")
     if prototypes is None or not projector_weights:
-        raise UsageError(f"{path}: no prototypes in it; use a complete checkpoint of slotcon or slotfa")
-    checkpoint.check_finite(projector_weights | {"prototypes": prototypes}, str(path))
-    projector = _build_projector(projector_weights, f"{path}: projector_{suffix}")
+        raise UsageError(f"{where}: no prototypes in it; use a complete checkpoint of slotcon or slotfa")
+    checkpoint.check_finite(projector_weights | {"prototypes": prototypes}, where)
+    projector = _build_projector(projector_weights, f"{where}: projector_{suffix}")
     dim = len(projector_weights["mlp.6.weight"])
     if prototypes.ndim != 2 or prototypes.shape[1] != dim:
         shape = tuple(prototypes.shape)
-        raise UsageError(f"{path}: prototypes of shape {shape} do not fit its projector; the file is incomplete")
+        raise UsageError(f"{where}: prototypes of shape {shape} do not fit its projector; the file is incomplete")
     grouping = Grouping(len(prototypes), dim, temperature=_TEMPERATURE)
-    checkpoint.load_strict(grouping, {"slot_embed.weight": prototypes.float()}, f"{path}: grouping_{suffix}")
-    return SlotModel(build_frozen_encoder(encoder, output_stride), projector, grouping, encoder.provenance["encoder"])
+    checkpoint.load_strict(grouping, {"slot_embed.weight": prototypes.float()}, f"{where}: grouping_{suffix}")
+    return SlotModel(encoder, projector, grouping, which)
 
 
 def _build_projector(weights: Weights, where: str) -> Projector:

@@ -31,7 +31,14 @@ FeatureFunction = Callable[[Tensor], Tensor]
 """Normalized images (B, 3, H, W) -> the last feature map, or a ViT's tokens."""
 
 
-def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, target: str | None = None) -> str:
+def verify(
+    source: Path,
+    converted: Path,
+    which: str | None,
+    pixels: Tensor,
+    target: str | None = None,
+    flags: tuple[str, str] = ("checkpoint", "converted"),
+) -> str:
     """Compare the last feature maps of two encoders, each with the normalization that its provenance names.
 
     All tensors are compared as well, because some, such as the counters of batch norm, do not change the features.
@@ -42,6 +49,7 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, tar
         which: the encoder of `source`, as in `read_encoder`.
         pixels: an image, from `load_image`.
         target: the format that `converted` must have; None for any.
+        flags: the arguments that name `source` and `converted`, for messages about files that cannot be read.
 
     Returns:
         A line with the largest difference, as a fraction of the largest feature, and with the network that was used.
@@ -49,8 +57,8 @@ def verify(source: Path, converted: Path, which: str | None, pixels: Tensor, tar
     Raises:
         UsageError: the difference exceeds TOLERANCE; the message names the cause if it is recognized.
     """
-    encoder = read_encoder(source, which)
-    weights, provenance = _read_converted(converted)
+    encoder = read_encoder(source, which, flags[0])
+    weights, provenance = _read_converted(converted, flags[1])
     if target and (made_for := provenance.get("format", target)) != target:
         raise UsageError(f"{converted}: is made for {made_for}, not for {target}; use convert.py with --to {made_for}")
     arch = infer_arch(weights, str(converted))
@@ -81,10 +89,10 @@ def _check_tensors(
             raise UsageError(f"{converted}: {name} differs from {source}'s; convert it again")
 
 
-def _read_converted(path: Path) -> tuple[Weights, dict[str, Any]]:
+def _read_converted(path: Path, flag: str) -> tuple[Weights, dict[str, Any]]:
     """Return a converted file's weights, by torchvision's or timm's names, and its provenance."""
-    state = checkpoint.load(path, "converted")
-    _, weights = checkpoint.find_encoder(checkpoint.extract_weights(state, str(path)))
+    state = checkpoint.load(path, flag)
+    _, weights = checkpoint.find_encoder(checkpoint.extract_weights(state, f"{flag} {path}"))
     return weights, read_provenance(state)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from utils.batch import MEAN, STD
-from utils.files import atomic_write
+from utils.files import write_output
 
 _MEAN, _STD = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
 # Björn Ottosson, "A perceptual color space for image processing", 2020.
@@ -39,7 +39,7 @@ _OPACITY = 0.7
 
 
 def palette(count: int) -> Tensor:
-    """Return distinct colors (count, 3) in 0..1; the color of a number does not depend on `count`.
+    """Return distinct colors (count, 3) in [0, 1]; the color of a number does not depend on `count`.
 
     Colors repeat after 2048 numbers.
     """
@@ -53,8 +53,8 @@ def _distinct_colors(count: int) -> Tensor:
 
     Coordinates and squared distances are whole numbers, so that rounding cannot change the choice.
     """
-    levels = torch.linspace(0, 1, 28, dtype=torch.float64)
-    candidates = torch.cartesian_prod(levels, levels, levels)
+    steps = torch.linspace(0, 1, 28, dtype=torch.float64)
+    candidates = torch.cartesian_prod(steps, steps, steps)
     points = (1000 * srgb_to_oklab(candidates)).round().float()
     lightness, squared_chroma = points[:, 0], (points[:, 1:] ** 2).sum(dim=1)
     inside = (lightness >= _LIGHTNESS[0]) & (lightness <= _LIGHTNESS[1])
@@ -69,10 +69,10 @@ def _distinct_colors(count: int) -> Tensor:
 
 
 def srgb_to_oklab(colors: Tensor) -> Tensor:
-    """Convert sRGB colors (..., 3) in 0..1 to Oklab, in which distances are close to perceived differences.
+    """Convert sRGB colors (..., 3) in [0, 1] to Oklab, in which distances are close to perceived differences.
 
     Returns:
-        (..., 3): lightness in 0..1, green to red, blue to yellow.
+        (..., 3): lightness in [0, 1], green to red, blue to yellow.
     """
     linear = torch.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     cones = (linear @ _SRGB_TO_CONES.T.to(colors)) ** (1 / 3)
@@ -80,27 +80,30 @@ def srgb_to_oklab(colors: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Normalize levels (N, 3, H, W) in 0..1 by the ImageNet mean and standard deviation."""
+    """Normalize pixel values (N, 3, H, W) in [0, 1] by the ImageNet mean and standard deviation."""
     return (images - _MEAN) / _STD
 
 
 def denormalize(view: Tensor) -> Tensor:
-    """Convert a normalized view (N, 3, H, W) back to levels in 0..1."""
+    """Convert a normalized view (N, 3, H, W) back to pixel values in [0, 1]."""
     return (view * _STD + _MEAN).clamp(0, 1)
 
 
-def save_png(image: Tensor, path: Path) -> None:
+def save_png(flag: str, path: Path, image: Tensor) -> None:
     """Write an image (3, H, W) uint8 as a PNG file, atomically.
 
+    Args:
+        flag: the flag that names the file or its folder, which begins the message.
+
     Raises:
-        OSError: the file cannot be written.
+        UsageError: the file cannot be written.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    atomic_write(path, lambda file: picture.save(file, format="png"))
+    write_output(flag, path, lambda file: picture.save(file, format="png"))
 
 
 def view_grid(views: list[Tensor]) -> Tensor:
-    """Draw V views, a row each: V tensors (N, 3, S_v, S_v) in 0..1 -> (3, H, W) uint8."""
+    """Draw V views, a row each: V tensors (N, 3, S_v, S_v) in [0, 1] -> (3, H, W) uint8."""
     side = views[0].shape[2]
     rows = torch.cat([F.interpolate(view, side) for view in views])
     return _to_uint8(make_grid(rows, nrow=len(views[0]), padding=4, pad_value=1))
@@ -110,7 +113,7 @@ def slot_grid(images: Tensor, scores: Tensor) -> Tensor:
     """Draw images above their slot maps, a column each.
 
     Args:
-        images: (N, 3, S, S) in 0..1.
+        images: (N, 3, S, S) in [0, 1].
         scores: (N, K, h, w); each pixel gets the color of the prototype with the highest score.
 
     Returns:
@@ -151,12 +154,12 @@ def render_slot_map(image: Tensor, assignment: Tensor, shown: Collection[int] | 
     The photograph is brought to a common brightness and contrast, so that a color looks alike on all of them.
 
     Args:
-        image: (3, H, W) in 0..1.
+        image: (3, H, W) in [0, 1].
         assignment: (H, W) int64, the prototype of each pixel.
         shown: color only these prototypes, and draw the rest gray; None for all.
 
     Returns:
-        (3, H, W) in 0..1.
+        (3, H, W) in [0, 1].
     """
     gray = image.mean(dim=0)
     gray = (0.5 + 0.25 * (gray - gray.mean()) / gray.std().clamp(min=0.1)).clamp(0, 1)

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from transfer.figures.extractor import CenterCrops, ExtractedBatch
-from transfer.figures.layout import write_file
 from transfer.figures.prototype_stats import PrototypeStats
 from utils.errors import UsageError
+from utils.files import write_output
 from utils.visualization import assign_pixels, palette
 
 _README = """Slots of {model} in {images} images.
@@ -60,8 +60,8 @@ class SlotExport:
             for path in paths:
                 self._create((self.folder / path).parent)
             assignment = assign_pixels(batch.scores[position], self.crops.size).cpu()
-            write_file(self.folder / paths[0], encode_mask(assignment, self.num_prototypes))
-            write_file(self.folder / paths[1], _encode_npz(scores=scores[position], crop=box.numpy()))
+            self._write(paths[0], encode_mask(assignment, self.num_prototypes))
+            self._write(paths[1], _encode_npz(scores=scores[position], crop=box.numpy()))
             self.rows.append((self.crops.name(index), *paths, *box.tolist()))
 
     def write_summary(self, stats: PrototypeStats, metadata: dict[str, object]) -> None:
@@ -78,10 +78,10 @@ class SlotExport:
             "nearest_scores": stats.nearest.scores,
         }
         arrays_on_cpu = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
-        write_file(self.folder / "prototypes.npz", _encode_npz(prototypes=prototypes, **arrays_on_cpu))
+        self._write("prototypes.npz", _encode_npz(prototypes=prototypes, **arrays_on_cpu))
         array_file = BytesIO()
         np.save(array_file, prototypes)
-        write_file(self.folder / "prototypes.npy", array_file.getvalue())
+        self._write("prototypes.npy", array_file.getvalue())
 
         table = StringIO()
         csv.writer(table).writerows([("image", "mask", "scores", "x0", "y0", "x1", "y1"), *self.rows])
@@ -95,7 +95,7 @@ class SlotExport:
             "README.txt": _README.format(model=metadata["model"], width=prototypes.shape[1], **sizes),
         }
         for name, text in texts.items():
-            write_file(self.folder / name, text.encode())
+            self._write(name, text.encode())
 
     def _relative_path(self, index: int) -> str:
         """Return the image's path without parts that lead out of the folder."""
@@ -104,6 +104,9 @@ class SlotExport:
 
     def _stem(self, index: int) -> str:
         return str(PurePosixPath(self._relative_path(index)).with_suffix(""))
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_output("--export", self.folder / name, lambda file: file.write(content))
 
     def _create(self, folder: Path) -> None:
         try:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from utils.errors import UsageError
-from utils.files import atomic_write
+from utils.files import write_output
 
 TEXT_COLOR, MUTED_COLOR = "#222222", "#6b6b6b"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")
@@ -49,29 +49,20 @@ def grid_shape(count: int, width: float, height: float, aspect: float = 1.3) -> 
     return rows, math.ceil(count / rows)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(flag: str, path: Path, figure: Figure) -> None:
     """Write a figure in the format of its suffix; the same figure gives the same bytes.
 
+    Args:
+        flag: the flag that names the file, which begins the message.
+
     Raises:
         UsageError: the file cannot be written.
     """
-    file = BytesIO()
+    content = BytesIO()
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
     with matplotlib.rc_context({"svg.hashsalt": "slots", "pdf.fonttype": 42}):
-        figure.savefig(file, format=path.suffix[1:].lower(), metadata=dates, bbox_inches="tight", pad_inches=0.2)
-    write_file(path, file.getvalue())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    try:
-        atomic_write(path, lambda file: file.write(content))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        figure.savefig(content, format=path.suffix[1:].lower(), metadata=dates, bbox_inches="tight", pad_inches=0.2)
+    write_output(flag, path, lambda file: file.write(content.getvalue()))
 
 
 def shorten(text: str, length: int) -> str:

@@ -19,8 +19,8 @@ def region_side(map_side: int, target: int) -> int:
 
 def resample(images: Tensor, side: int) -> Tensor:
     """Resample images (B, 3, S, S) uint8 to (B, 3, side, side) in 0..1."""
-    levels = images.float() / 255
-    return F.interpolate(levels, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    values = images.float() / 255
+    return F.interpolate(values, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 def highlight_region(image: Tensor, region: Tensor, alpha: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from models import backbones
-from transfer.encoders import EncoderWeights, read_encoder, untrained_encoder
+from transfer.encoders import EncoderWeights, extract_encoder, untrained_encoder
 from transfer.probe.labeled_features import LAYOUTS, VOID, LabeledFeatures, SegmentationDataset, extract_features
 from transfer.probe.prediction_figure import NO_CLASS, draw_predictions
 from transfer.results import write_json
-from utils import config, distributed
+from utils import checkpoint, config, distributed
+from utils.checkpoint import Weights
 from utils.config import at_least
 from utils.device import choose_device
 from utils.errors import UsageError
@@ -109,6 +110,8 @@ class ProbeRun:
     train: SegmentationDataset
     val: SegmentationDataset
     device: torch.device
+    weights: Weights = field(default_factory=dict)
+    """All weights of the checkpoint, also those of projector and prototypes; empty without a checkpoint."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -205,11 +208,14 @@ def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     random, path = args.checkpoint == "random", Path(args.checkpoint)
     source = "random" if random else f"{path.resolve().parent.name}_{path.stem}"
     args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
-    encoder = untrained_encoder(args.arch, args.seed) if random else read_encoder(path, args.encoder)
+    state = {} if random else checkpoint.load(path, "checkpoint")
+    encoder = untrained_encoder(args.arch, args.seed) if random else extract_encoder(state, path, args.encoder)
     check_writable("--out", args.out, overwrite=True, folder=True)
     train = SegmentationDataset(args.dataset, args.data_dir, "train", args.size, args.train_images)
     val = SegmentationDataset(args.dataset, args.data_dir, "val", args.size, args.val_images, args.val_list)
-    probe_run = ProbeRun(args, train, val, device)
+    weights = {} if random else checkpoint.extract_weights(state, f"checkpoint {path}")
+    del state  # with the optimizer's, it is several times as large as the weights
+    probe_run = ProbeRun(args, train, val, device, weights)
     encoders = {"checkpoint": encoder}
     if args.baseline:
         encoders["untrained"] = untrained_encoder(encoder.arch, args.seed)

@@ -30,7 +30,8 @@ from transfer.probe.segmentation_probe import (
     make_probe_parser,
     run,
 )
-from transfer.slot_model import ProjectionEncoder, SlotModel, load_slot_model, untrained_slot_model
+from transfer.slot_model import ProjectionEncoder, SlotModel, build_slot_model, untrained_slot_model
+from utils import checkpoint
 from utils.config import at_least
 from utils.errors import UsageError
 
@@ -130,7 +131,7 @@ def _kmeans(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, Label
 
 def _prototypes(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, LabeledFeatures]:
     """Return the prototypes, and the projected validation features."""
-    model = _load_slot_model(probe_run, encoder)
+    model = _build_slot_model(probe_run, encoder)
     # An untrained projector of other sizes is another network, which the encoder's hash does not show.
     shapes = [tuple(value.shape) for value in model.projector.state_dict().values()]
     return model.prototypes, probe_run.extract(
@@ -138,13 +139,15 @@ def _prototypes(probe_run: ProbeRun, encoder: EncoderWeights) -> tuple[Tensor, L
     )
 
 
-def _load_slot_model(probe_run: ProbeRun, encoder: EncoderWeights) -> SlotModel:
+def _build_slot_model(probe_run: ProbeRun, encoder: EncoderWeights) -> SlotModel:
     args = probe_run.args
     if args.checkpoint == "random":
         raise UsageError("random: has no prototypes; use --clusters for k-means on its features")
+    # The sizes of an untrained projector and prototypes are those of the checkpoint.
+    which, _ = checkpoint.find_encoder(probe_run.weights, args.encoder or "teacher")
     network = build_frozen_encoder(encoder, args.output_stride)
     try:
-        model = load_slot_model(args.checkpoint, args.encoder, args.output_stride)
+        model = build_slot_model(probe_run.weights, network, which, f"checkpoint {args.checkpoint}")
     except UsageError as error:
         raise UsageError(f"{error}, or --clusters for k-means on the features of the encoder") from None
     untrained = encoder.provenance["encoder"] == "untrained"
