@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,13 @@ from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
 from transfer import evaluate, evaluation_plan, evaluation_runs
 from transfer.encoders import EncoderWeights
-from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS, TRANSFER
+from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS
 from transfer.recipe_options import add_max_val_images, change_length, parse_options
 from transfer.recipe_records import compute_config_checksum
 from transfer.training_time import ImageFlops, RunLength, estimate_seconds, format_duration
 from transfer.verify import verify
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.sh"
+ROOT = Path(__file__).parents[1]
 CAPSYS = pytest.CaptureFixture[str]
 NAMES = ("voc12aug", "coco", "voc12aug_imagenet_norm")
 SUCCESS = """
@@ -46,31 +47,73 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_checkpoint_becomes_a_table(checkpoint: Path, tmp_path: Path) -> None:
+def run_script(script: Path, arguments: list[str], folder: Path) -> list[str]:
+    """Run a copy of a script of the project, and return the arguments that it passes to Python."""
+    copy = folder / script.relative_to(ROOT)
+    python = folder / ".venv/bin/python"
+    for path in (copy, python):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(script, copy)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    command = ["bash", str(copy), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_script_passes_its_arguments(tmp_path: Path) -> None:
+    arguments = ["a checkpoint.pth", "--detection-options", "SOLVER.MAX_ITER 9"]
+    assert run_script(ROOT / "scripts/evaluate.sh", arguments, tmp_path) == [
+        f"{tmp_path}/transfer/evaluate.py",
+        *arguments,
+    ]
+
+
+@pytest.fixture
+def sigterm_handler() -> Iterator[None]:
+    """Restore the signal handler that the command replaces."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("sigterm_handler")
+def test_checkpoint_becomes_a_table(
+    checkpoint: Path, tmp_path: Path, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fine-tuning is that of the published command, but in this process, which has imported mmsegmentation."""
     pytest.importorskip("mmseg")
-    environment = os.environ | {
-        "SEGMENTATION_DATA": str(make_data(tmp_path / "data")),
-        "DETECTRON2_DATASETS": str(tmp_path / "missing"),
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-    }
+    from mmengine.config import Config
+
+    from transfer.segmentation import train
+
+    def run_command(command: list[str], _: object) -> int:
+        train.main(run_script(Path(command[1]), command[2:], tmp_path)[1:])
+        return 0
+
+    monkeypatch.setenv("SEGMENTATION_DATA", str(make_data(tmp_path / "data")))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "missing"))
+    monkeypatch.setattr(evaluation_runs, "run_command", run_command)
+    monkeypatch.setattr(evaluation_plan, "measure_throughput", lambda: 100.0)
+    monkeypatch.setattr(Config, "pretty_text", "")  # of the log; formatting it takes seconds
     overrides = ["model.decode_head.channels=16", "default_hooks.checkpoint.interval=2"]
     overrides += ["default_hooks.checkpoint.save_last=False"]  # saving takes seconds
     options = " ".join([*small_run(VOC_CONFIG, 1)[1:], *overrides])
-    argv = ["bash", str(SCRIPT), str(checkpoint), "--device", "cpu", "--only", "voc12aug", "coco", "--out", "out"]
-    argv += ["--segmentation-options", options]
-    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "mmseg.pth: features differ by 0" in result.stdout
-    plan = next(line for line in result.stdout.splitlines() if line.startswith("voc12aug"))
-    assert plan.split()[:7] == ["voc12aug", "1", "1", "x", "2", "1", "x"]
+    argv = [str(checkpoint), "--device", "cpu", "--only", "voc12aug", "coco", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*argv, "--max-val-images", "1", "--segmentation-options", options])
+    output = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "mmseg.pth: features differ by 0" in output
+    plan = next(line for line in output.splitlines() if line.startswith("voc12aug"))
+    assert plan.split()[:8] == ["voc12aug", "1", "1", "x", "2", "1", "x", "1"]
 
     miou = json.loads((tmp_path / "out/voc12aug/seed_0/done.json").read_text())["results"]["metrics"]["mIoU"]
     voc, box, mask = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert (voc["values"], voc["mean"], voc["std"], voc["runs"]) == ([miou], miou, None, 1)
-    assert voc["recipe"].startswith("changed: train_dataloader")
-    assert (box["values"], box["published"], mask["published"]) == ([], 41.0, 37.0)
+    assert voc["recipe"].startswith("changed: --max-val-images=1 train_dataloader")
+    assert (box["values"], box["published"], mask["published"]) == ([], None, None)
     assert box["note"].startswith("skipped: ")
-    assert (tmp_path / "out/results.md").read_text() in result.stdout
+    assert (tmp_path / "out/results.md").read_text() in output
 
 
 @dataclass
@@ -104,7 +147,7 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sigterm_handler: None) -> Command:
     """The command, with the data of all fine-tunings linked and an encoder that is named after its file."""
     result = Command(tmp_path)
     for name, fine_tuning in FINE_TUNINGS.items():
@@ -117,9 +160,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command
     monkeypatch.setattr(evaluate, "write_converted", lambda path, *_: path.touch())
     monkeypatch.setattr(evaluate, "verify", lambda *_: "verified")
     monkeypatch.setattr(evaluation_runs, "build_command", result.build_command)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield result
-    signal.signal(signal.SIGTERM, handler)
+    return result
 
 
 def read_encoder(path: Path, which: str | None) -> EncoderWeights:
@@ -437,8 +478,18 @@ def test_time_is_that_of_training_batch_norm_statistics_and_evaluations() -> Non
     assert estimate_seconds(length, ImageFlops(30, 8), val_images=7, throughput=2) == (1200 + 3 * (200 + 56)) / 2
 
 
-@pytest.mark.parametrize("name", ["voc12aug", "ade20k"])
-def test_arithmetic_is_that_of_the_model(name: str) -> None:
+@pytest.mark.parametrize("name", {fine_tuning.flops: name for name, fine_tuning in FINE_TUNINGS.items()}.values())
+def test_operations_are_those_of_the_model(name: str) -> None:
+    fine_tuning = FINE_TUNINGS[name]
+    count = {"detection": count_detection, "segmentation": count_segmentation}[fine_tuning.task]
+    with torch.device("meta"):  # shapes without memory or arithmetic
+        training, evaluation = count(str(fine_tuning.config_path()))
+    assert training == pytest.approx(fine_tuning.flops.training, rel=0.01)
+    assert evaluation == pytest.approx(fine_tuning.flops.evaluation, rel=0.01)
+
+
+def count_segmentation(config: str) -> tuple[float, float]:
+    """Return the GFLOP of training on a crop, and of evaluation on an image of 4:3 or on 8 windows (Cityscapes)."""
     pytest.importorskip("mmseg")
     from mmengine.config import Config
     from mmengine.model import revert_sync_batchnorm
@@ -447,19 +498,46 @@ def test_arithmetic_is_that_of_the_model(name: str) -> None:
     from transfer.segmentation.mm_config import import_and_register_mmseg
 
     import_and_register_mmseg()
-    fine_tuning = FINE_TUNINGS[name]
-    cfg = Config.fromfile(str(TRANSFER / "segmentation/configs" / fine_tuning.config))
+    cfg = Config.fromfile(config)
     size = cfg.model.data_preprocessor.size[0]
-    with torch.device("meta"):  # shapes without memory or arithmetic
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        heads = [head for head in (model.decode_head, getattr(model, "auxiliary_head", None)) if head]
-        with FlopCounterMode(display=False) as training:
-            features = model.extract_feat(torch.zeros(2, 3, size, size))
-            torch.stack([head(features).sum() for head in heads]).sum().backward()
-        with FlopCounterMode(display=False) as evaluation:
-            model.decode_head(model.extract_feat(torch.zeros(1, 3, size, size * 4 // 3)))
-    assert training.get_total_flops() / 2e9 == pytest.approx(fine_tuning.flops.training, rel=0.01)
-    assert evaluation.get_total_flops() / 1e9 == pytest.approx(fine_tuning.flops.evaluation, rel=0.01)
+    windows, width = (8, size) if cfg.model.test_cfg.mode == "slide" else (1, size * 4 // 3)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    heads = [head for head in (model.decode_head, getattr(model, "auxiliary_head", None)) if head]
+    with FlopCounterMode(display=False) as training:
+        features = model.extract_feat(torch.zeros(2, 3, size, size))
+        torch.stack([head(features).sum() for head in heads]).sum().backward()
+    with FlopCounterMode(display=False) as evaluation, torch.no_grad():
+        model.decode_head(model.extract_feat(torch.zeros(1, 3, size, width)))
+    return training.get_total_flops() / 2e9, windows * evaluation.get_total_flops() / 1e9
+
+
+def count_detection(config: str) -> tuple[float, float]:
+    """Return the GFLOP of training and evaluation with the numbers of proposals and masks of the fine-tunings."""
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()
+    cfg.merge_from_file(config)
+    cfg.MODEL.DEVICE = "meta"
+    model = build_model(cfg).eval()  # SyncBN needs several processes for training
+    rpn, heads = model.proposal_generator, model.roi_heads
+
+    def forward(height: int, width: int, proposals: int, masks: int) -> torch.Tensor:
+        features = model.backbone(torch.zeros(1, 3, height, width))
+        logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
+        regions = torch.zeros(proposals, 256, 7, 7, requires_grad=True)
+        boxes = heads.box_predictor(heads.box_head(regions))
+        regions = torch.zeros(masks, 256, 14, 14, requires_grad=True)
+        outputs = (*logits, *deltas, *boxes, heads.mask_head.layers(regions))
+        return torch.stack([output.sum() for output in outputs]).sum()
+
+    large = "Cityscapes" in config
+    with FlopCounterMode(display=False) as training:
+        forward(*((928, 1856) if large else (736, 960)), proposals=512, masks=128).backward()
+    with FlopCounterMode(display=False) as evaluation, torch.no_grad():
+        forward(*((1024, 2048) if large else (800, 1088)), proposals=1000, masks=100)
+    return training.get_total_flops() / 1e9, evaluation.get_total_flops() / 1e9
 
 
 @pytest.mark.parametrize(

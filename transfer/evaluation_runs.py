@@ -72,7 +72,7 @@ def fine_tune(args: argparse.Namespace, run: FineTuningRun, encoder: EncoderWeig
     path, results = run.folder / "log.txt", run.folder / "run" / "results.json"
     start = path.stat().st_size if path.exists() else 0
     with path.open("a") as log:
-        status = _run_command(command, log)
+        status = run_command(command, log)
     if status == 0 and results.exists():
         record["results"] = json.loads(results.read_text())
         write_json(run.folder / "done.json", record)
@@ -83,7 +83,7 @@ def fine_tune(args: argparse.Namespace, run: FineTuningRun, encoder: EncoderWeig
     return False
 
 
-def _run_command(command: list[str], log: TextIO) -> int:
+def run_command(command: list[str], log: TextIO) -> int:
     """Run a command, and return its exit status. An exception, such as that of a signal, also ends the command."""
     process = None
     try:
