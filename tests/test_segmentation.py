@@ -344,7 +344,9 @@ def test_folder_of_images_trains_resumes_and_evaluates(
     test.main([str(config), str(run / "iter_3.pth"), "--max-val-images", "2"])
     assert json.loads((run / "test.json").read_text())["metrics"] == results["metrics"]
     assert config.read_text() == written
-    assert "retrained" not in (run / "test" / FOLDER_CONFIG.name).read_text()
+    evaluated = (run / "test" / FOLDER_CONFIG.name).read_text()
+    assert "retrained" not in evaluated
+    assert "resume = False" in evaluated
     shutil.rmtree(data / "val/masks")
     error = run_expecting_usage_error(test.main, [str(config), str(run / "iter_3.pth")], capsys)
     assert f"{data / 'val/images'}: no image has a mask of its name in {data / 'val/masks'}" in error

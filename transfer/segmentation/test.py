@@ -46,6 +46,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if uses_folder(cfg):
         find_split(cfg.test_dataloader.dataset)
     cfg.model.backbone.pop("init_cfg", None)  # a training's config names its PRETRAINED, which is not used here
+    cfg.resume = False  # a resumed training's config has True
     state = read_fine_tuned(args.checkpoint, "CHECKPOINT")
     check_model(state["state_dict"], cfg, f"CHECKPOINT {args.checkpoint}")
     mm_config.launch_distributed(args)
