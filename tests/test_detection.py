@@ -821,15 +821,17 @@ def test_annotations_without_masks_train_boxes_only(
     trainer: ModuleType, resnet18: torchvision_models.ResNet, custom_data: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(custom_data, tmp_path / "data"))
-    for split in ("train", "val"):
-        content = json.loads((data / f"{split}.json").read_text())
-        for annotation in content["annotations"]:
-            del annotation["segmentation"]
-        (data / f"{split}.json").write_text(json.dumps(content))
+    content = json.loads((data / "train.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (data / "train.json").write_text(json.dumps(content))
     folder = train_on_custom_data(trainer, resnet18, data, tmp_path)
     assert set(read_results(folder)) == {"bbox"}
     log = (folder / "log.txt").read_text()
     assert "boxes only: the model has no mask head, because --train-json has no masks" in log
+    options = {"MODEL__WEIGHTS": folder / "model_final.pth", "OUTPUT_DIR": tmp_path / "evaluation"}
+    train_net.main(custom_command(data, "--eval-only", **options))
+    assert read_results(tmp_path / "evaluation") == read_results(folder)
 
 
 def test_settings_follow_from_a_custom_dataset_unless_overridden(trainer: ModuleType, custom_data: Path) -> None:

@@ -1,7 +1,6 @@
 """Read a COCO-style JSON file with its image folder, check it completely, and return what detectron2 trains on."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from data.datasets import check_folder
+from transfer.detection.coco_annotation import to_annotation
 from utils.errors import UsageError
 
 _REQUIRED = {
@@ -81,7 +81,7 @@ def read_coco(split: str, path: Path, folder: Path, classes: list[str] | None = 
         raise UsageError(f"{where}: category {unknown[0]!r} is not in --train-json; use the same categories")
     class_ids = {item["id"]: (classes or names).index(item["name"]) + 1 for item in content["categories"]}
     annotations = [
-        _to_annotation(where, number, annotation, class_ids, sizes[annotation["image_id"]])
+        to_annotation(where, number, annotation, class_ids, sizes[annotation["image_id"]])
         for number, annotation in enumerate(content["annotations"], start=1)
     ]
     kept = [annotation for annotation in annotations if annotation]
@@ -176,55 +176,3 @@ def _read_sizes(where: str, images: list[dict[str, Any]], folder: Path) -> dict[
         if stated != (width, height):
             raise UsageError(f"{where}: {name} is {width} x {height}, and by the JSON {stated[0]} x {stated[1]} pixels")
     return sizes
-
-
-def _to_annotation(
-    where: str, number: int, annotation: dict[str, Any], class_ids: dict[int, int], size: tuple[int, int]
-) -> dict[str, Any] | None:
-    """Return an annotation with all of COCO's fields; None if its box has no area within the image."""
-    described = f"{where}: annotation {annotation.get('id', number)}"
-    box, (width, height) = annotation["bbox"], size
-    if len(box) != 4 or not _are_numbers(box):
-        raise UsageError(f"{described}: its bbox {box} is not [x, y, width, height]")
-    right, bottom = min(box[0] + box[2], width), min(box[1] + box[3], height)
-    if right <= max(box[0], 0) or bottom <= max(box[1], 0):
-        return None
-    area = annotation.get("area", box[2] * box[3])
-    if not _are_numbers([area]):
-        raise UsageError(f"{described}: its area {area!r} is not a number")
-    crowd_fields = {field: annotation.get(field, 0) for field in ("iscrowd", "ignore")}
-    for field, value in crowd_fields.items():
-        if value not in (0, 1):
-            raise UsageError(f"{described}: its {field} {value!r} is not 0 or 1")
-    result = {
-        "id": number,  # COCO's evaluation takes an object with the id 0 for one that was not found
-        "image_id": annotation["image_id"],
-        "category_id": class_ids[annotation["category_id"]],
-        "bbox": box,
-        "area": area,
-        "iscrowd": int(any(crowd_fields.values())),
-    }
-    mask = _to_mask(described, annotation.get("segmentation"), size)
-    return result | {"segmentation": mask} if mask else result
-
-
-def _to_mask(described: str, mask: Any, size: tuple[int, int]) -> list[list[float]] | dict[str, Any] | None:
-    """Return a mask as polygons of at least three points or as a run-length code; None if there is none."""
-    if not mask:
-        return None
-    width, height = size
-    if isinstance(mask, dict):
-        counts = mask.get("counts")
-        is_code = isinstance(counts, str) or (isinstance(counts, list) and _are_numbers(counts))
-        if not is_code or mask.get("size") != [height, width]:
-            raise UsageError(f"{described}: its segmentation is not a run-length code of size [{height}, {width}]")
-        if isinstance(counts, list) and sum(counts) != width * height:
-            raise UsageError(f"{described}: the counts of its segmentation do not add up to {width} x {height} pixels")
-        return {"size": [height, width], "counts": counts}
-    if not isinstance(mask, list) or not all(isinstance(part, list) and _are_numbers(part) for part in mask):
-        raise UsageError(f"{described}: its segmentation is neither a list of polygons nor a run-length code")
-    return [part for part in mask if len(part) >= 6 and len(part) % 2 == 0] or None
-
-
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
