@@ -1,6 +1,8 @@
 """Checkpoints of random weights for the tests of readers and converters."""
 
 import argparse
+import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,3 +87,27 @@ def assert_equal(weights: Weights, expected: Weights) -> None:
     for name, value in expected.items():
         assert weights[name].shape == value.shape, name
         assert torch.equal(weights[name], value), name
+
+
+def is_equal(loaded: Any, written: Any) -> bool:
+    """Return whether everything that was written was loaded, bit by bit."""
+    if isinstance(written, Tensor):
+        same = isinstance(loaded, Tensor) and (loaded.dtype, loaded.shape) == (written.dtype, written.shape)
+        return same and loaded.numpy().tobytes() == written.numpy().tobytes()
+    if isinstance(written, dict):
+        return loaded.keys() == written.keys() and all(is_equal(loaded[name], written[name]) for name in written)
+    if isinstance(written, list):
+        return len(loaded) == len(written) and all(map(is_equal, loaded, written))
+    return type(loaded) is type(written) and loaded == written
+
+
+def damaged_copies(content: bytes, count: int) -> Iterator[bytes]:
+    """Yield `count` copies with one to three changed bytes, and `count` truncated copies."""
+    generator = random.Random(0)
+    for _ in range(count):
+        copy = bytearray(content)
+        for position in generator.sample(range(len(content)), generator.choice((1, 1, 3))):
+            copy[position] ^= generator.randrange(1, 256)
+        yield bytes(copy)
+    for length in generator.choices(range(len(content)), k=count):
+        yield content[:length]

@@ -1,7 +1,6 @@
 """Damaged checkpoints: every reader refuses them, or reads exactly what was written."""
 
 import pickle
-import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,11 +11,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 import main_pretrain
 import viz_slots
-from tests.checkpoint_data import released_checkpoint, resnet18_weights, to_half
+from tests.checkpoint_data import damaged_copies, is_equal, released_checkpoint, resnet18_weights, to_half
 from tests.helpers import run_expecting_usage_error
 from tests.probe_data import make_folder, make_method
 from transfer import convert
@@ -62,28 +60,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 """Writers of small files of every kind with checksums, by file name."""
 
 
-def equals(loaded: Any, written: Any) -> bool:
-    """Return whether everything that was written was loaded, bit by bit."""
-    if isinstance(written, Tensor):
-        same = isinstance(loaded, Tensor) and (loaded.dtype, loaded.shape) == (written.dtype, written.shape)
-        return same and loaded.numpy().tobytes() == written.numpy().tobytes()
-    if isinstance(written, dict):
-        return loaded.keys() == written.keys() and all(equals(loaded[name], written[name]) for name in written)
-    return type(loaded) is type(written) and loaded == written
-
-
-def damaged_copies(content: bytes, count: int) -> Iterator[bytes]:
-    """Yield `count` copies with one to three changed bytes, and `count` truncated copies."""
-    generator = random.Random(0)
-    for _ in range(count):
-        copy = bytearray(content)
-        for position in generator.sample(range(len(content)), generator.choice((1, 1, 3))):
-            copy[position] ^= generator.randrange(1, 256)
-        yield bytes(copy)
-    for length in generator.choices(range(len(content)), k=count):
-        yield content[:length]
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_damaged_file_is_refused_or_read_exactly_as_written(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
@@ -98,7 +74,7 @@ def test_damaged_file_is_refused_or_read_exactly_as_written(name: str, tmp_path:
             assert reason.isprintable()
             refused += 1
         else:
-            assert equals(loaded, written)
+            assert is_equal(loaded, written)
     assert refused > 140  # all truncated ones, and most of the others
 
 
@@ -126,7 +102,7 @@ def write_archive(path: Path, change: Callable[[zipfile.ZipInfo], object], compr
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_archive_of_another_program_is_read(compression: int, tmp_path: Path) -> None:
     write_archive(tmp_path / "in.pth", lambda entry: None, compression)
-    assert equals(checkpoint.load_weights(tmp_path / "in.pth"), WEIGHTS)
+    assert is_equal(checkpoint.load_weights(tmp_path / "in.pth"), WEIGHTS)
 
 
 ENTRY_DAMAGES: dict[str, tuple[Callable[[zipfile.ZipInfo], object], str]] = {
@@ -163,7 +139,7 @@ def test_file_without_checksums_is_read_and_refused_where_it_is_truncated(tmp_pa
         write_run(path)
     finally:
         torch.serialization.set_crc32_options(True)
-    assert equals(checkpoint.load_weights(path), WEIGHTS)
+    assert is_equal(checkpoint.load_weights(path), WEIGHTS)
     content = path.read_bytes()
     for length in range(0, len(content), 50):
         path.write_bytes(content[:length])
@@ -174,10 +150,10 @@ def test_file_without_checksums_is_read_and_refused_where_it_is_truncated(tmp_pa
 def test_exported_files_without_a_checksum_are_read(tmp_path: Path) -> None:
     metadata = {"format": "pt", "content_sha256": "sha256:0", "sha256": "0" * 64}  # of another program
     safetensors.torch.save_file(WEIGHTS, tmp_path / "in.safetensors", metadata)
-    assert equals(checkpoint.load_weights(tmp_path / "in.safetensors"), WEIGHTS)
+    assert is_equal(checkpoint.load_weights(tmp_path / "in.safetensors"), WEIGHTS)
     model = {name: value.numpy() for name, value in WEIGHTS.items()}
     (tmp_path / "in.pkl").write_bytes(pickle.dumps({"model": model, "__author__": "they"}))
-    assert equals(checkpoint.load_weights(tmp_path / "in.pkl"), WEIGHTS)
+    assert is_equal(checkpoint.load_weights(tmp_path / "in.pkl"), WEIGHTS)
 
 
 @pytest.mark.parametrize("checksum", ["", f"{CHECKSUM}:0", 3, np.arange(3), {CHECKSUM: 1}])
