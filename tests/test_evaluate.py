@@ -631,7 +631,7 @@ def test_options_of_a_run_that_failed_before_its_first_checkpoint_can_be_mended(
 def test_checksum_of_a_config_depends_on_its_bases(tmp_path: Path) -> None:
     base, config = tmp_path / "base.yaml", tmp_path / "config.yaml"
     base.write_text("a: 1")
-    config.write_text("_BASE_: base.yaml")
+    config.write_text("# config.yaml\n_BASE_: base.yaml")
     before = compute_config_checksum(config)
     assert before == compute_config_checksum(config)
     base.write_text("a: 2")

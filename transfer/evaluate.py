@@ -241,10 +241,10 @@ def _report_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> None:
 
 
 def _report_all_images(args: argparse.Namespace, runs: list[FineTuningRun]) -> None:
-    """Print which fine-tunings ignore --max-val-images."""
-    for name in dict.fromkeys(run.name for run in runs if run.fine_tuning.evaluates_all_images):
-        if args.max_val_images:
-            print(f"{name}: --max-val-images has no effect, because detectron2 evaluates Cityscapes on all images only")
+    """Print which fine-tunings ignore --max-val-images, if it is given."""
+    names = dict.fromkeys(run.name for run in runs if args.max_val_images and run.fine_tuning.evaluates_all_images)
+    for name in names:
+        print(f"{name}: --max-val-images has no effect, because detectron2 evaluates Cityscapes on all images only")
 
 
 def _convert(args: argparse.Namespace, encoder: EncoderWeights, tasks: set[str]) -> None:

@@ -13,20 +13,19 @@ from utils.errors import UsageError
 
 def make_record(fine_tuning: FineTuning, options: Options) -> dict[str, Any]:
     """Return what identifies a recipe: the text of the table, the options, and the checksum of the config."""
-    checksum = compute_config_checksum(fine_tuning.config_path())
-    return {
-        "recipe": describe_recipe(fine_tuning, options),
-        "options": dict(options),
-        "config_sha256": checksum,
-    }
+    recipe, checksum = describe_recipe(fine_tuning, options), compute_config_checksum(fine_tuning.config_path())
+    return {"recipe": recipe, "options": dict(options), "config_sha256": checksum}
 
 
 def compute_config_checksum(path: Path) -> str:
-    """Compute the SHA-256 of a config and, recursively, of the configs that it names."""
-    text = path.read_text()
-    names = dict.fromkeys(re.findall(r"[\w./-]+\.(?:py|yaml)\b", text))
-    bases = [base for name in names if (base := path.parent / name).is_file()]
-    return hashlib.sha256("".join([text, *map(compute_config_checksum, bases)]).encode()).hexdigest()
+    """Compute the SHA-256 of a config, of the configs that it names, which are its bases, and of theirs."""
+    sha256, paths = hashlib.sha256(), [path.resolve()]
+    for config in paths:  # which grows
+        text = config.read_text()
+        sha256.update(text.encode())
+        named = [(config.parent / name).resolve() for name in re.findall(r"[\w./-]+\.(?:py|yaml)\b", text)]
+        paths += [base for base in dict.fromkeys(named) if base.is_file() and base not in paths]
+    return sha256.hexdigest()
 
 
 def check_record(folder: Path, record: dict[str, Any]) -> None:
