@@ -41,7 +41,7 @@ from transfer.figures.page import collect_data
 from transfer.figures.prototype_stats import NearestImages, PrototypeStats
 from transfer.figures.regions import connected_regions, highlight_region, pixels_by_depth, region_outline, region_side
 from transfer.figures.strips import render_strips
-from transfer.figures.tsne import draw_points, draw_tsne, find_clusters, sample_projections
+from transfer.figures.tsne import draw_points, draw_tsne, group_by_prototype, sample_projections
 from transfer.figures.usage import draw_usage
 from transfer.slot_model import load_slot_model
 from utils.files import link_or_copy
@@ -416,10 +416,10 @@ def test_numbers_in_maps_do_not_overlap() -> None:
     assignment = (1000 + torch.arange(100) // 4).expand(100, 100)
     numbers = place_numbers(assignment)
     assert sorted(number for number, _ in numbers) == list(range(1000, 1025))
-    points_per_pixel = 1.7 * 72 / 100
-    width, height = 6.5 * 0.7 * 4 / points_per_pixel, 6.5 * 0.73 / points_per_pixel
-    boxes = [Bbox.from_bounds(x - width / 2, y - height / 2, width, height) for _, (x, y) in numbers]
-    assert overlaps(boxes) == 0
+    axes = Figure(figsize=(1.7, 1.7), dpi=300).add_axes((0, 0, 1, 1), xlim=(0, 100), ylim=(0, 100))
+    style: dict[str, Any] = {"fontsize": 6.5, "weight": "bold", "ha": "center", "va": "center"}
+    texts = [axes.text(x, y, str(number), **style) for number, (x, y) in numbers]
+    assert overlaps([text.get_window_extent() for text in texts]) == 0
     assert [number for number, _ in place_numbers(assignment, [1002, 7])] == [1002]
 
 
@@ -450,15 +450,15 @@ def test_prototypes_of_a_few_points_have_no_label() -> None:
     assert len(axes.get_legend().get_texts()) == 3
 
 
-def test_label_of_a_prototype_with_several_clusters_lies_in_the_densest() -> None:
+def test_label_of_a_prototype_lies_where_its_points_are_densest() -> None:
     rng = np.random.default_rng(0)
     sizes = {0: 30, 20: 20, 40: 40}  # the median lies in the middle one
     points = np.concatenate([rng.normal(center, 1, (size, 2)) for center, size in sizes.items()])
     others = rng.uniform(0, 40, (50, 2))
-    clusters = find_clusters(np.concatenate([points, others]), np.repeat([5, 3], [90, 50]))
-    assert [cluster.prototype for cluster in clusters] == [5, 3]
-    np.testing.assert_allclose(clusters[0].points[0], 40, atol=2)
-    assert sorted(clusters[0].points.tolist()) == sorted(points.tolist())
+    groups = group_by_prototype(np.concatenate([points, others]), np.repeat([5, 3], [90, 50]))
+    assert [group.prototype for group in groups] == [5, 3]
+    np.testing.assert_allclose(groups[0].points[0], 40, atol=2)
+    assert sorted(groups[0].points.tolist()) == sorted(points.tolist())
 
 
 def is_round(step: float) -> bool:

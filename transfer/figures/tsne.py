@@ -21,7 +21,7 @@ from utils.visualization import palette
 _MAX_LABELS = 40
 """Number of prototypes, the most frequent ones, that have a line of the legend and may have a label."""
 _MIN_LABELED_POINTS = 10
-"""Number of points below which a prototype has no label: a few points among those of others are no cluster."""
+"""Number of points below which a prototype has no label: they may lie far from each other."""
 _FONT_SIZE, _BOX_PADDING, _EDGE_WIDTH = 7.5, 2.0, 1.0
 """Of the labels, in points."""
 _LEGEND_LINE, _LEGEND_COLUMN = 0.165, 1.0
@@ -30,7 +30,7 @@ _NEIGHBORHOOD = 0.05
 """Radius in which the points around a label are counted, as a share of the larger side of the t-SNE."""
 
 
-class Cluster(NamedTuple):
+class PrototypePoints(NamedTuple):
     """The points of one prototype."""
 
     prototype: int
@@ -62,10 +62,10 @@ def draw_tsne(
 
 def draw_points(points: np.ndarray, prototypes: np.ndarray, dpi: int, details: str) -> Figure:
     """Draw points (N, 2) in the colors of their prototypes (N,), with labels and a legend of the most frequent ones."""
-    clusters = find_clusters(points, prototypes)[:_MAX_LABELS]
+    groups = group_by_prototype(points, prototypes)[:_MAX_LABELS]
     width, height = np.ptp(points, axis=0)
     height = float(np.clip(7.8 * height / width, 4, 10)) + 0.8
-    columns = math.ceil(len(clusters) * _LEGEND_LINE / (height - 1.5))
+    columns = math.ceil(len(groups) * _LEGEND_LINE / (height - 1.5))
     size = 8 + columns * _LEGEND_COLUMN, height
     figure = new_figure(size, dpi, "t-SNE of projections, colored by prototype", details)
     axes = figure.subplots()
@@ -74,8 +74,8 @@ def draw_points(points: np.ndarray, prototypes: np.ndarray, dpi: int, details: s
     axes.margins(0.03)
     colors = palette(int(prototypes.max()) + 1).numpy()[prototypes]
     axes.scatter(points[:, 0], points[:, 1], s=float(np.clip(32_000 / len(points), 3, 30)), c=colors, linewidths=0)
-    _draw_legend(axes, clusters, len(points), len(np.unique(prototypes)), columns)
-    _draw_labels(axes, clusters)
+    _draw_legend(axes, groups, len(points), len(np.unique(prototypes)), columns)
+    _draw_labels(axes, groups)
     return figure
 
 
@@ -99,7 +99,7 @@ def sample_projections(
     return torch.cat(projections).numpy(), torch.cat(prototypes).numpy()
 
 
-def find_clusters(points: np.ndarray, prototypes: np.ndarray) -> list[Cluster]:
+def group_by_prototype(points: np.ndarray, prototypes: np.ndarray) -> list[PrototypePoints]:
     """Return the points (N, 2) of each of the prototypes (N,), the most frequent prototype first.
 
     The points of a prototype are ordered by the number of its points around them, so that the first one lies where
@@ -108,24 +108,23 @@ def find_clusters(points: np.ndarray, prototypes: np.ndarray) -> list[Cluster]:
     numbers, inverse, counts = np.unique(prototypes, return_inverse=True, return_counts=True)
     colors = palette(int(numbers[-1]) + 1).numpy()
     radius = _NEIGHBORHOOD * np.ptp(points, axis=0).max()
-    clusters = []
-    for cluster in np.argsort(-counts, kind="stable"):
-        members = points[inverse == cluster]
+    groups = []
+    for index in np.argsort(-counts, kind="stable"):
+        members = points[inverse == index]
         num_around = cKDTree(members).query_ball_point(members, radius, return_length=True)
         order = np.argsort(-num_around, kind="stable")
-        clusters.append(Cluster(int(numbers[cluster]), members[order], colors[numbers[cluster]]))
-    return clusters
+        groups.append(PrototypePoints(int(numbers[index]), members[order], colors[numbers[index]]))
+    return groups
 
 
-def _draw_legend(axes: Axes, clusters: Sequence[Cluster], num_points: int, num_used: int, columns: int) -> None:
-    """Draw a legend with the color of each cluster, its prototype and its share of the points."""
-    marks = [Line2D([], [], linestyle="", marker="o", markersize=6, color=tuple(cluster.color)) for cluster in clusters]
-    shares = [100 * len(cluster.points) / num_points for cluster in clusters]
+def _draw_legend(axes: Axes, groups: Sequence[PrototypePoints], num_points: int, num_used: int, columns: int) -> None:
+    """Draw a legend with the color of each prototype, its number and its share of the points."""
+    marks = [Line2D([], [], linestyle="", marker="o", markersize=6, color=tuple(group.color)) for group in groups]
+    shares = [100 * len(group.points) / num_points for group in groups]
     texts = [
-        f"{cluster.prototype}: " + (f"{share:.1f}%" if share >= 0.1 else "<0.1%")
-        for cluster, share in zip(clusters, shares)
+        f"{group.prototype}: " + (f"{share:.1f}%" if share >= 0.1 else "<0.1%") for group, share in zip(groups, shares)
     ]
-    shown = f"{len(clusters)} most frequent of {num_used}\nprototypes" if len(clusters) < num_used else "prototypes"
+    shown = f"{len(groups)} most frequent of {num_used}\nprototypes" if len(groups) < num_used else "prototypes"
     title = f"{shown}: share\nof the positions"
     style: dict[str, Any] = {"fontsize": 7.5, "title_fontsize": 7.5, "labelcolor": TEXT_COLOR, "frameon": False}
     style |= {"handletextpad": 0, "columnspacing": 0.8, "ncols": columns, "alignment": "left"}
@@ -133,18 +132,18 @@ def _draw_legend(axes: Axes, clusters: Sequence[Cluster], num_points: int, num_u
     legend.get_title().set_color(MUTED_COLOR)
 
 
-def _draw_labels(axes: Axes, clusters: Sequence[Cluster]) -> None:
-    """Draw the number of each cluster on the first of its points at which it overlaps no other number."""
+def _draw_labels(axes: Axes, groups: Sequence[PrototypePoints]) -> None:
+    """Draw the number of each prototype on the first of its points at which it overlaps no other number."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # determines the scale of the axes
     (left, right), (x0, x1) = axes.get_window_extent().intervalx, axes.get_xlim()
     points_per_unit = float((right - left) / (x1 - x0)) * 72 / axes.figure.dpi
     placer = LabelPlacer(_FONT_SIZE, _BOX_PADDING + _EDGE_WIDTH, points_per_unit)
     box = {"boxstyle": f"round,pad={_BOX_PADDING / _FONT_SIZE}", "edgecolor": "white", "linewidth": _EDGE_WIDTH}
     style: dict[str, Any] = {"fontsize": _FONT_SIZE, "weight": "bold", "ha": "center", "va": "center_baseline"}
-    for cluster in clusters:
-        enough = len(cluster.points) >= _MIN_LABELED_POINTS
-        position = placer.place(cluster.prototype, cluster.points) if enough else None
+    for group in groups:
+        enough = len(group.points) >= _MIN_LABELED_POINTS
+        position = placer.place(group.prototype, group.points) if enough else None
         if position is not None:
-            is_light = cluster.color @ (0.3, 0.59, 0.11) > 0.6
-            style |= {"color": "black" if is_light else "white", "bbox": box | {"facecolor": cluster.color}}
-            axes.text(position[0], position[1], str(cluster.prototype), in_layout=False, **style)
+            is_light = group.color @ (0.3, 0.59, 0.11) > 0.6
+            style |= {"color": "black" if is_light else "white", "bbox": box | {"facecolor": group.color}}
+            axes.text(position[0], position[1], str(group.prototype), in_layout=False, **style)

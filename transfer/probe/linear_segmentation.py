@@ -70,17 +70,17 @@ def fit_linear(
         UsageError: all training pixels are void.
     """
     soft_labels = torch.from_numpy(features.soft_labels(num_classes)).flatten(0, 2)
+    labeled = np.flatnonzero(soft_labels.sum(dim=1).numpy())
+    if not len(labeled):
+        raise UsageError("the training masks have no labeled pixels")
     mean, scale = (moment.to(device) for moment in _channel_moments(features))
     weight = torch.zeros(num_classes, len(mean), device=device, requires_grad=True)
     bias = torch.zeros(num_classes, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = np.random.default_rng(seed)
-    labeled_positions = np.flatnonzero(soft_labels.sum(dim=1).numpy())
-    if not len(labeled_positions):
-        raise UsageError("the training masks have no labeled pixels")
     for _ in tqdm(range(steps), unit="step", desc="training", disable=not progress):
-        indices = np.sort(rng.choice(labeled_positions, min(_BATCH_POSITIONS, len(labeled_positions)), replace=False))
+        indices = np.sort(rng.choice(labeled, min(_BATCH_POSITIONS, len(labeled)), replace=False))
         logits = F.linear((features.positions(indices).to(device) - mean) * scale, weight, bias)
         target = soft_labels[indices].to(device)
         loss = -(target * logits.log_softmax(dim=1)).sum() / target.sum()
