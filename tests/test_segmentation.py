@@ -35,6 +35,7 @@ pytest.importorskip("mmseg")
 from transfer import convert
 from transfer.segmentation import folder_files, mm_config, test, train
 from utils.checkpoint import Weights
+from utils.errors import UsageError
 
 CAPSYS = pytest.CaptureFixture[str]
 
@@ -258,6 +259,16 @@ def test_config_of_a_run_on_the_first_images_evaluates_all(tmp_path: Path) -> No
     assert num_images() == 2
     assert num_images("--max-val-images", "1") == 1
     assert num_images("--cfg-options", "val_dataloader.dataset.indices=1") == 1
+
+
+def test_evaluation_needs_no_training_images(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path))
+    shutil.copytree(data / "ade", tmp_path / "ade", ignore=shutil.ignore_patterns("training"))
+    config = next(path for path in CONFIGS if "ade20k" in path.name)
+    args = mm_config.make_mmseg_parser("", "CHECKPOINT", "").parse_args([str(config), "none"])
+    assert str(tmp_path) in mm_config.load_config(args, ["test_dataloader"]).test_dataloader.dataset.data_root
+    with pytest.raises(UsageError, match="images/training does not exist; link the data"):
+        load_config(config)
 
 
 def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
