@@ -34,7 +34,7 @@ def _parse_args(argv: Sequence[str] | None, target: str | None) -> argparse.Name
         "input",
         metavar="IN",
         type=Path,
-        help="any checkpoint: of this project, released, of torchvision or timm, or a converted file",
+        help="any checkpoint: of this project, released, of torchvision, timm or detectron2, or a converted file",
     )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write")
     if target is None:
