@@ -58,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
     cfg.resume = args.resume
     resumes = _check_work_dir(cfg, args)
     if splits and "RANK" not in os.environ:  # once, before the ranks start
-        num_classes = cfg.model.decode_head.num_classes
+        num_classes = len(cfg.train_dataloader.dataset.metainfo.classes)
         if not resumes:
             check_files(*splits, num_classes)
         print(f"{describe_data(*splits, num_classes)}\n{describe_schedule(cfg)}", flush=True)
