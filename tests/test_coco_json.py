@@ -51,7 +51,7 @@ def test_classes_are_numbered_from_one_in_the_order_of_their_ids(folder: Path) -
     assert data.content["images"] == original["images"]
     for annotation, before in zip(data.content["annotations"], original["annotations"], strict=True):
         assert annotation == before | {"category_id": {7: 1, 40: 2}[before["category_id"]]}
-    assert (data.num_training_images, len(data.objects), data.num_without_mask, data.num_ignored) == (6, 22, 0, 0)
+    assert (data.num_training_images, len(data.objects), data.without_mask, data.num_ignored) == (6, 22, [], 0)
     assert data.has_masks
     assert not data.has_encoded_masks
 
@@ -65,7 +65,7 @@ def test_optional_fields_are_completed(folder: Path) -> None:
 
     complete, data = read(folder), read(folder, remove_optional)
     assert data.content["images"] == complete.content["images"]
-    assert data.num_without_mask == 22
+    assert data.without_mask == list(range(22))
     assert not data.has_masks
     for annotation, expected in zip(data.content["annotations"], complete.content["annotations"], strict=True):
         assert annotation == {key: value for key, value in expected.items() if key != "segmentation"}
@@ -101,7 +101,7 @@ def test_masks_are_polygons_or_run_length_codes(folder: Path) -> None:
     data = read(folder, add_masks)
     masks = [annotation.get("segmentation") for annotation in data.content["annotations"]]
     assert masks[:5] == [RLE, RLE | {"counts": "abc"}, [[1, 1, 9, 1, 9, 9]], None, None]
-    assert data.num_without_mask == 2
+    assert len(data.without_mask) == 2
     assert data.has_encoded_masks
 
 
@@ -109,7 +109,7 @@ def test_crowds_without_a_mask_are_counted(folder: Path) -> None:
     def remove_mask(content: Content) -> None:
         content["annotations"][0].update(iscrowd=1, segmentation=[])
 
-    assert read(folder, remove_mask).num_without_mask == 1
+    assert len(read(folder, remove_mask).without_mask) == 1
 
 
 def test_classes_are_read_without_images_and_annotations(folder: Path) -> None:

@@ -608,9 +608,24 @@ def test_resumed_run_continues_at_the_next_iteration(trained: Path, trainer: Mod
 
 def test_evaluation_reproduces_results_of_training(trained: Path, trainer: ModuleType, tmp_path: Path) -> None:
     weights = trained / "model_final.pth"
-    train_net.main(command("--eval-only", MODEL__WEIGHTS=weights, OUTPUT_DIR=tmp_path / "run"))
-    assert json.loads((tmp_path / "run/results.json").read_text()) == json.loads((trained / "results.json").read_text())
-    assert not list((tmp_path / "run").glob("*.pth"))
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    train_net.main(command("--eval-only", MODEL__WEIGHTS=weights, OUTPUT_DIR=folder))
+    assert json.loads((folder / "eval/results.json").read_text()) == json.loads((trained / "results.json").read_text())
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
+
+
+def test_last_checkpoint_of_a_run_is_evaluated(trained: Path, trainer: ModuleType, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    train_net.main(command("--eval-only", "--resume", OUTPUT_DIR=folder))
+    assert json.loads((folder / "eval/results.json").read_text()) == json.loads((trained / "results.json").read_text())
+
+
+def test_detector_that_finds_nothing_has_an_ap_of_zero(trained: Path, trainer: ModuleType, tmp_path: Path) -> None:
+    options = {"MODEL__WEIGHTS": trained / "model_final.pth", "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 1.0}
+    train_net.main(command("--eval-only", OUTPUT_DIR=tmp_path / "run", **options))
+    results = json.loads((tmp_path / "run/eval/results.json").read_text())
+    assert {task: metrics["AP"] for task, metrics in results.items()} == {"bbox": 0.0, "segm": 0.0}
 
 
 def test_cityscapes_trains_and_evaluates(
@@ -783,7 +798,7 @@ def test_training_on_a_custom_dataset_ends_with_box_and_mask_ap(trained_on_custo
     for metrics in results.values():
         assert all(math.isfinite(metrics[name]) for name in ("AP", "AP-first", "AP-second"))
     log = (trained_on_custom_data / "log.txt").read_text()
-    assert "--train-json: 6 images, 21 objects, number of classes 2; 1 annotations without area are ignored" in log
+    assert "--train-json: 6 images, 21 objects, number of classes 2; annotations ignored because their" in log
     assert (
         "schedule for 6 images with objects: batch 2, number of iterations 2, learning rate 0.001 divided by 10" in log
     )
@@ -803,7 +818,7 @@ def test_first_images_are_evaluated_as_if_they_were_all(
     content["annotations"] = [item for item in content["annotations"] if item["image_id"] < 2]
     (data / "val.json").write_text(json.dumps(content))
     train_net.main(custom_command(data, "--eval-only", OUTPUT_DIR=tmp_path / "two", **options))
-    results = [read_results(folder) for folder in (capped, tmp_path / "two")]
+    results = [read_results(folder / "eval") for folder in (capped, tmp_path / "two")]
     assert results[0] == results[1]
     assert results[0] != read_results(trained_on_custom_data)
 
@@ -831,7 +846,7 @@ def test_annotations_without_masks_train_boxes_only(
     assert "boxes only: the model has no mask head, because --train-json has no masks" in log
     options = {"MODEL__WEIGHTS": folder / "model_final.pth", "OUTPUT_DIR": tmp_path / "evaluation"}
     train_net.main(custom_command(data, "--eval-only", **options))
-    assert read_results(tmp_path / "evaluation") == read_results(folder)
+    assert read_results(tmp_path / "evaluation/eval") == read_results(folder)
 
 
 def test_settings_follow_from_a_custom_dataset_unless_overridden(trainer: ModuleType, custom_data: Path) -> None:
@@ -865,7 +880,8 @@ def test_missing_masks_are_refused_and_nothing_is_written(
     (data / f"{split}.json").write_text(json.dumps(content))
     message = run_expecting_usage_error(train_net.main, custom_command(data, OUTPUT_DIR=tmp_path / "run"), capsys)
     total = {"train": 21, "val": 10}[split]
-    assert f"--{split}-json: 1 of {total} annotations (crowds included) have no mask; add the masks, or" in message
+    assert f"--{split}-json: 1 of {total} annotations (crowds included) have no mask of at least" in message
+    assert "the first is annotations[2]; add the masks, or" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -878,8 +894,8 @@ def test_evaluation_reads_and_writes_validation_data_only(
     (data / "train.json").write_text(json.dumps({"categories": categories}))
     arguments = custom_command(data, "--eval-only", MODEL__WEIGHTS=weights, OUTPUT_DIR=tmp_path / "run")
     train_net.main([word for word in arguments if not word.startswith("--train-images")])
-    assert read_results(tmp_path / "run") == read_results(trained_on_custom_data)
-    assert [path.name for path in (tmp_path / "run" / "annotations").iterdir()] == ["val.json"]
+    assert read_results(tmp_path / "run/eval") == read_results(trained_on_custom_data)
+    assert [path.name for path in (tmp_path / "run/eval/annotations").iterdir()] == ["val.json"]
 
 
 def test_each_machine_writes_and_reads_its_own_annotations(

@@ -50,9 +50,9 @@ class CocoData:
         return any("segmentation" in annotation for annotation in self.objects)
 
     @property
-    def num_without_mask(self) -> int:
-        """Number of annotations without a mask, including crowds, whose masks COCO's evaluation needs as well."""
-        return sum("segmentation" not in annotation for annotation in self.content["annotations"])
+    def without_mask(self) -> list[int]:
+        """Positions in the file of the annotations without a mask; COCO's evaluation needs those of crowds as well."""
+        return [annotation["id"] - 1 for annotation in self.content["annotations"] if "segmentation" not in annotation]
 
     @property
     def has_encoded_masks(self) -> bool:

@@ -62,10 +62,11 @@ def _training_settings(cfg: Any, train: CocoData, overridden: set[str], processe
 def _check_masks(dataset: CustomDataset) -> None:
     for split, coco in dataset.items():
         total = len(coco.content["annotations"])
-        if coco.num_without_mask:
+        if coco.without_mask:
             raise UsageError(
-                f"--{split}-json: {coco.num_without_mask} of {total} annotations (crowds included) have no mask; add "
-                "the masks, or MODEL.MASK_ON False for boxes only"
+                f"--{split}-json: {len(coco.without_mask)} of {total} annotations (crowds included) have no mask of at "
+                f"least three points, the first is annotations[{coco.without_mask[0]}]; add the masks, or "
+                "MODEL.MASK_ON False for boxes only"
             )
 
 
@@ -75,7 +76,10 @@ def _describe(cfg: Any, dataset: CustomDataset) -> list[str]:
     for split, coco in dataset.items():
         images, ignored = len(coco.content["images"]), coco.num_ignored
         note = f"--{split}-json: {images} images, {len(coco.objects)} objects, number of classes {len(coco.classes)}"
-        notes.append(note + (f"; {ignored} annotations without area are ignored" if ignored else ""))
+        notes.append(
+            note
+            + (f"; annotations ignored because their box has no area within the image: {ignored}" if ignored else "")
+        )
     train, solver = dataset.get("train"), cfg.SOLVER
     if train:
         decay = f" divided by 10 after {' and '.join(map(str, solver.STEPS))}" if solver.STEPS else ""

@@ -31,7 +31,10 @@ _EVALUATION = ".evaluation.evalInstanceLevelSemanticLabeling"
 
 
 class FirstImagesEvaluator(COCOEvaluator):
-    """COCO's evaluation on the first images by their ids; the objects of the others do not count as missed."""
+    """COCO's evaluation on the first images by their ids; the objects of the others do not count as missed.
+
+    A detector that finds nothing has an AP of 0, where detectron2 gives NaN.
+    """
 
     def __init__(self, max_images: int | None, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -39,6 +42,10 @@ class FirstImagesEvaluator(COCOEvaluator):
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         return super().evaluate(sorted(self._coco_api.getImgIds())[: self.max_images])
+
+    def _derive_coco_results(self, coco_eval: Any, *args: Any, **options: Any) -> dict[str, float]:
+        results = super()._derive_coco_results(coco_eval, *args, **options)
+        return results if coco_eval else dict.fromkeys(results, 0.0)
 
 
 class Trainer(DefaultTrainer):
@@ -83,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     """Check everything, and write the annotations of a custom dataset. Return the config and notes for the log.
 
-    The annotations, gigabytes for COCO, are released on return; each process reads those that it needs.
+    An evaluation gets a folder of its own below OUTPUT_DIR, so that it overwrites nothing of the training. The
+    annotations, gigabytes for COCO, are released on return; each process reads those that it needs.
 
     Raises:
         UsageError: the config, the data, the weights or OUTPUT_DIR is unsuitable; nothing has been written.
@@ -96,13 +104,18 @@ def prepare(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
         d2_config.check_data(cfg, args)
     file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
     d2_weights.check_weights(file, d2_config.model_state(cfg))
+    if args.eval_only:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(file.path), str(Path(cfg.OUTPUT_DIR) / "eval")
+        cfg.freeze()
     if dataset:
         d2_registration.write_annotations(dataset, Path(cfg.OUTPUT_DIR), args.machine_rank)
     return cfg, notes
 
 
 def run_process(args: argparse.Namespace, cfg: CfgNode, notes: list[str]) -> None:
-    """Train or evaluate in one of the processes; the main one writes OUTPUT_DIR/results.json."""
+    """Train or evaluate in one of the processes; the main one writes results.json to the folder of the config."""
     Trainer.max_val_images = args.max_val_images
     if d2_custom_dataset.uses_custom_dataset(args):
         d2_registration.register(args, Path(cfg.OUTPUT_DIR))
@@ -112,15 +125,16 @@ def run_process(args: argparse.Namespace, cfg: CfgNode, notes: list[str]) -> Non
         logger.info(note)
     if any(MetadataCatalog.get(name).evaluator_type == "cityscapes_instance" for name in cfg.DATASETS.TEST):
         patch_cityscapesscripts()
-    file = d2_weights.find_weights(cfg, args.resume, args.eval_only)
+    resume = args.resume and not args.eval_only  # `prepare` has found the checkpoint to evaluate
+    file = d2_weights.find_weights(cfg, resume, args.eval_only)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).load(cfg.MODEL.WEIGHTS)
         logger.info(d2_weights.check_loaded(file, model.state_dict()))
         results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        trainer.resume_or_load(resume=resume)
         logger.info(d2_weights.check_loaded(file, trainer.checkpointer.model.state_dict()))
         results = trainer.train()
     if comm.is_main_process():
