@@ -224,7 +224,7 @@ def test_failed_fine_tuning_is_reported_and_repeated_by_the_next_call(command: C
             "raise SystemExit('[rank1]: RuntimeError: a|b\\nelastic.ChildFailedError:\\n===')",
             "[rank1]: RuntimeError: a|b",
         ),
-        ("raise SystemExit('x' * 999)", "x" * 119 + "…"),
+        ("raise SystemExit('x' * 999 + 'y')", "x" * 59 + "…" + "x" * 58 + "y"),
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
         ("", "no results.json was written"),
         ("raise SystemExit(1)", "no output"),
@@ -277,7 +277,7 @@ def test_metric_that_a_run_does_not_have_is_empty(command: Command) -> None:
     assert command.run("--only", "coco") == 0
     row = command.rows()["coco", "mask AP"]
     assert (row["values"], row["mean"]) == ([], None)
-    assert row["note"] == "no value, because the model has no predictions"
+    assert row["note"] == "the run has no such metric"
 
 
 @pytest.mark.parametrize("name", FINE_TUNINGS)
@@ -375,6 +375,14 @@ def test_table_says_which_recipe_a_row_used(command: Command) -> None:
     assert "| changed: --auto-scale SOLVER.MAX_ITER=900 |" in (command.out / "results.md").read_text()
     done = json.loads((command.out / "coco/seed_0/done.json").read_text())
     assert done["recipe"] == "changed: --auto-scale SOLVER.MAX_ITER=900"
+
+
+def test_long_recipe_follows_below_the_table(command: Command) -> None:
+    options = "SOLVER.MAX_ITER 900 SOLVER.STEPS (600,) INPUT.MIN_SIZE_TEST 400"
+    assert command.run("--only", "coco", "--detection-options", options) == 0
+    table, _, footnote = (command.out / "results.md").read_text().partition("\n\n[1] ")
+    assert table.count("| changed [1] |") == 2
+    assert footnote == "changed: SOLVER.MAX_ITER=900 SOLVER.STEPS=(600,) INPUT.MIN_SIZE_TEST=400\n"
 
 
 def test_row_keeps_the_recipe_with_which_it_was_run(command: Command) -> None:

@@ -1,6 +1,7 @@
 """Atomic files, links, and the check that an output can be written."""
 
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,6 +45,18 @@ def test_a_write_during_another_of_the_same_path_disturbs_none(fail: bool, tmp_p
         files.atomic_write(path, write)
     assert path.read_text() == ("other" if fail else "last")
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_leftovers_of_killed_processes_are_removed_once_they_are_old(tmp_path: Path) -> None:
+    old, new, other = (
+        tmp_path / name for name in (".a.pth.01234567.tmp", ".a.pth.89abcdef.tmp", ".b.pth.01234567.tmp")
+    )
+    for path in (old, new, other):
+        path.write_bytes(b"incomplete")
+    for path in (old, other):
+        os.utime(path, (time.time() - 4000, time.time() - 4000))
+    files.atomic_write(tmp_path / "a.pth", lambda file: file.write(b"whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([new.name, other.name, "a.pth"])
 
 
 def test_failed_output_is_named_with_its_flag(tmp_path: Path) -> None:

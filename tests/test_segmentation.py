@@ -368,6 +368,24 @@ def test_folder_of_images_trains_resumes_and_evaluates(
     assert "does not fit the config's model" in run_expecting_usage_error(train.main, argv, capsys)
 
 
+def test_classes_that_no_training_mask_has_are_reported(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: CAPSYS
+) -> None:
+    monkeypatch.setattr(train.mm_config, "launch_distributed", lambda _: sys.exit())
+    largest = max(value for path in (folder / "train/masks").iterdir() for value in read_values(path) - {255})
+    for classes, reported in ((40, True), (largest + 1, False)):
+        argv = [*folder_command(folder, pretrained, tmp_path / "run"), "--classes", str(classes)]
+        with pytest.raises(SystemExit):
+            train.main(argv)
+        line = f"no training mask has a class above {largest}, of the classes 0 to {classes - 1}\n"
+        assert (line in capsys.readouterr().out) == reported
+
+
+def read_values(mask: Path) -> set[int]:
+    with Image.open(mask) as image:
+        return {value for _, value in image.getcolors()}
+
+
 def test_schedule_of_a_folder_follows_its_overrides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*flags: str) -> Any:
         return load_config(FOLDER_CONFIG, "--data-dir", str(folder), "--classes", "12", *flags)

@@ -64,7 +64,9 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_recipe_arguments(parser.add_argument_group("changes of the recipes"))
     args = parser.parse_args(argv)
     args.names = list(dict.fromkeys(args.only or DEFAULT_NAMES))
-    args.out = args.out or Path("output/evaluation") / f"{args.checkpoint.resolve().parent.name}_{args.checkpoint.stem}"
+    args.out = (
+        args.out or Path("output/evaluation") / f"{args.checkpoint.absolute().parent.name}_{args.checkpoint.stem}"
+    )
     return args
 
 

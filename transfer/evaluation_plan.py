@@ -25,7 +25,7 @@ def print_plan(runs: list[FineTuningRun]) -> None:
     headers = ("fine-tuning", "runs", "iterations x images", "evaluations x images", "time on this CPU")
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
     print(
-        f"In total {format_duration(total)}, estimated from the speed of a ResNet-50 here ({throughput:.0f} GFLOP/s) "
-        "and the image sizes of the recipes.",
+        f"In total {format_duration(total)}, estimated for the image sizes of the recipes from the speed of a "
+        f"ResNet-50 on this CPU at the moment ({throughput:.0f} GFLOP/s, which is less while other programs run).",
         flush=True,
     )

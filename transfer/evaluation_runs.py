@@ -127,7 +127,10 @@ def _find_reason(status: int, log: str) -> str:
     usage_errors = [line for line in lines if line.startswith(("train.py: ", "train_net.py: "))]
     exceptions = [line for line in lines if _EXCEPTION.fullmatch(line)]
     reason = " ".join((usage_errors or exceptions or lines or ["no output"])[-1].split())
-    return reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 1]}…"
+    if len(reason) <= _MAX_REASON:
+        return reason
+    half = (_MAX_REASON - 1) // 2
+    return f"{reason[:half]}…{reason[-half:]}"  # the end may name a file
 
 
 def build_command(args: argparse.Namespace, run: FineTuningRun, encoder: EncoderWeights) -> list[str]:

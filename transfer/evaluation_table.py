@@ -11,6 +11,9 @@ from transfer.evaluation_runs import find_run_folders, run_folder
 from transfer.finetuning import FINE_TUNINGS, PUBLISHED, RELEASED
 from transfer.recipe_records import read_started
 
+_MAX_RECIPE = 60
+"""Characters of a recipe in the table."""
+
 
 def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) -> list[dict[str, Any]]:
     """Return a row for each metric of a fine-tuning: its values by seed, their mean, and a note on missing runs.
@@ -37,7 +40,7 @@ def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) ->
         row["mean"] = statistics.fmean(values) if values else None
         row["std"] = statistics.stdev(values) if len(values) > 1 else None
         row["published"] = PUBLISHED.get((name, metric)) if row["recipe"] == RELEASED else None
-        row["note"] = note or ("" if values else "no value, because the model has no predictions")
+        row["note"] = note or ("" if values else "the run has no such metric")
         rows.append(row)
     return rows
 
@@ -62,13 +65,22 @@ def _look_up(results: Any, keys: str) -> float | None:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, with the mean and the sample standard deviation over the seeds."""
+    """Return the rows as a Markdown table, with the mean and the sample standard deviation over the seeds.
+
+    Long recipes follow below it.
+    """
+    long_recipes = [recipe for recipe in dict.fromkeys(row["recipe"] for row in rows) if len(recipe) > _MAX_RECIPE]
+    footnotes = {recipe: f"[{number}]" for number, recipe in enumerate(long_recipes, start=1)}
     cells = []
     for row in rows:
         mean = "" if row["mean"] is None else f"{row['mean']:.2f}"
         std = "" if row["std"] is None else f" ± {row['std']:.2f}"
         published = "" if row["published"] is None else f"{row['published']:.1f}"
-        texts = (row["title"], row["metric"], mean + std, row["runs"], row["recipe"], published, row["note"])
+        recipe = row["recipe"]
+        if recipe in footnotes:
+            recipe = f"{recipe.partition(':')[0]} {footnotes[recipe]}"
+        texts = (row["title"], row["metric"], mean + std, row["runs"], recipe, published, row["note"])
         cells.append([str(text).replace("|", r"\|") for text in texts])
     headers = ("fine-tuning", "metric", "mean ± std", "runs", "recipe", "SlotCon paper, COCO 800 ep.", "note")
-    return tabulate(cells, headers, tablefmt="github", disable_numparse=True) + "\n"
+    table = tabulate(cells, headers, tablefmt="github", disable_numparse=True) + "\n"
+    return table + "".join(f"\n{footnote} {recipe}\n" for recipe, footnote in footnotes.items())

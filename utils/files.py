@@ -1,9 +1,11 @@
 """Write files atomically, and check before any work that an output can be written."""
 
 import errno
+import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the file cannot be written; the temporary file is removed and an existing `path` is unchanged.
     """
+    _remove_leftovers(path)
     temporary = _temporary_path(path)
     try:
         with temporary.open("xb") as file:
@@ -39,6 +42,14 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def _temporary_path(path: Path) -> Path:
     """Return a new hidden path in the same folder, which no other process uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote `path`; none writes for an hour."""
+    with suppress(OSError):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if leftover.stat().st_mtime < time.time() - 3600:
+                leftover.unlink()
 
 
 def write_output(flag: str, path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -48,8 +48,11 @@ def find_split(dataset: Any) -> LabeledSplit:
     return LabeledSplit(masks, pairs, num_images - len(pairs))
 
 
-def check_files(train: LabeledSplit, val: LabeledSplit, num_classes: int) -> None:
+def check_files(train: LabeledSplit, val: LabeledSplit, num_classes: int) -> int:
     """Check that all images and masks can be read, have equal sizes, and hold no other classes than the config's.
+
+    Returns:
+        The largest class in the training masks.
 
     Raises:
         UsageError: naming the first file that is wrong, or a folder of masks with too few classes.
@@ -64,6 +67,7 @@ def check_files(train: LabeledSplit, val: LabeledSplit, num_classes: int) -> Non
         if value < fewest:
             values = f"void ({VOID})" if value < 0 else f"0 or void ({VOID})"
             raise UsageError(f"{masks}: all pixels are {values}; classes are 0, 1, and so on")
+    return train_largest
 
 
 def _largest_class(pair: tuple[Path, Path], num_classes: int) -> int:

@@ -59,8 +59,8 @@ def train(args: argparse.Namespace) -> None:
     resumes = _check_work_dir(cfg, args)
     if splits and "RANK" not in os.environ:  # once, before the ranks start
         num_classes = len(cfg.train_dataloader.dataset.metainfo.classes)
-        if not resumes:
-            check_files(*splits, num_classes)
+        if not resumes and (largest := check_files(*splits, num_classes)) < num_classes - 1:
+            print(f"no training mask has a class above {largest}, of the classes 0 to {num_classes - 1}")
         print(f"{describe_data(*splits, num_classes)}\n{describe_schedule(cfg)}", flush=True)
     mm_config.launch_distributed(args)
     if args.resume:
