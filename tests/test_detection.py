@@ -34,7 +34,7 @@ from transfer.detection.coco_json import CocoData
 from transfer.detection.d2_custom_dataset import read_custom_dataset
 from transfer.detection.d2_solver import SolverSettings, default_solver_settings
 from transfer.detection.d2_weights import BACKBONE, WeightsFile
-from transfer.finetuning import data_root
+from transfer.frameworks import data_root
 from transfer.results import write_json
 from utils.errors import UsageError
 

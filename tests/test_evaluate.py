@@ -19,12 +19,13 @@ from torchvision.models import resnet18, resnet50
 
 from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
-from transfer import evaluate, evaluation_plan, evaluation_runs
+from transfer import evaluate
 from transfer.encoders import EncoderWeights
-from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS
-from transfer.recipe_options import add_max_val_images, change_length, parse_options
-from transfer.recipe_records import compute_config_checksum
-from transfer.training_time import ImageFlops, RunLength, estimate_seconds, format_duration
+from transfer.evaluation.fine_tunings import DEFAULT_NAMES, FINE_TUNINGS
+from transfer.evaluation.recipe_options import add_max_val_images, change_length, parse_options
+from transfer.evaluation.recipe_records import compute_config_checksum
+from transfer.evaluation.runs import FineTuningRun, build_command
+from transfer.evaluation.training_time import ImageFlops, RunLength, estimate_seconds, format_duration
 from transfer.verify import verify
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +93,8 @@ def test_checkpoint_becomes_a_table(
 
     monkeypatch.setenv("SEGMENTATION_DATA", str(make_data(tmp_path / "data")))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "missing"))
-    monkeypatch.setattr(evaluation_runs, "run_command", run_command)
-    monkeypatch.setattr(evaluation_plan, "measure_throughput", lambda: 100.0)
+    monkeypatch.setattr("transfer.evaluation.runs.run_command", run_command)
+    monkeypatch.setattr("transfer.evaluation.plan.measure_throughput", lambda: 100.0)
     monkeypatch.setattr(Config, "pretty_text", "")  # of the log; formatting it takes seconds
     overrides = ["model.decode_head.channels=16", "default_hooks.checkpoint.interval=2"]
     overrides += ["default_hooks.checkpoint.save_last=False"]  # saving takes seconds
@@ -141,7 +142,7 @@ class Command:
         rows = json.loads((self.out / "results.json").read_text())["results"]
         return {(row["name"], row["metric"]): row for row in rows}
 
-    def build_command(self, _: object, run: evaluation_runs.FineTuningRun, encoder: EncoderWeights) -> list[str]:
+    def build_command(self, _: object, run: FineTuningRun, encoder: EncoderWeights) -> list[str]:
         code = self.programs.get(run.name, SUCCESS)
         return [sys.executable, "-I", "-S", "-c", code, str(run.folder / "run"), str(run.seed)]
 
@@ -154,12 +155,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sigterm_handler: No
         make_required(tmp_path / fine_tuning.task, name)
     monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "segmentation"))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "detection"))
-    monkeypatch.setattr("transfer.finetuning.find_spec", lambda _: True)
+    monkeypatch.setattr("transfer.frameworks.find_spec", lambda _: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(evaluate, "read_encoder", read_encoder)
     monkeypatch.setattr(evaluate, "write_converted", lambda path, *_: path.touch())
     monkeypatch.setattr(evaluate, "verify", lambda *_: "verified")
-    monkeypatch.setattr(evaluation_runs, "build_command", result.build_command)
+    monkeypatch.setattr("transfer.evaluation.runs.build_command", result.build_command)
     return result
 
 
@@ -309,7 +310,7 @@ def test_partial_data_is_skipped_and_finished_runs_are_kept(command: Command, ca
 def test_nothing_linked_is_said_in_a_short_line(
     command: Command, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transfer.finetuning.find_spec", lambda name: name == "mmseg" or None)
+    monkeypatch.setattr("transfer.frameworks.find_spec", lambda name: name == "mmseg" or None)
     monkeypatch.setenv("SEGMENTATION_DATA", "data")
     monkeypatch.chdir(command.folder)
     assert command.run("--only", *DEFAULT_NAMES) == 2
@@ -411,7 +412,7 @@ def test_recipes_that_are_not_released_run_on_request_only() -> None:
 @pytest.fixture
 def without_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(evaluation_plan, "measure_throughput", lambda: 100.0)
+    monkeypatch.setattr("transfer.evaluation.plan.measure_throughput", lambda: 100.0)
     lists = command.folder / "segmentation/VOCdevkit/VOC2012/ImageSets/Segmentation"
     (lists / "val.txt").write_text("image\n" * 1449)
     return command
@@ -447,7 +448,7 @@ def test_finished_evaluation_needs_no_gpu(without_gpu: Command, capsys: CAPSYS) 
 def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_plan, "measure_throughput", lambda: 100.0)
+    monkeypatch.setattr("transfer.evaluation.plan.measure_throughput", lambda: 100.0)
     gpus = []
 
     def fine_tune(args: argparse.Namespace, *_: object) -> bool:
@@ -670,21 +671,21 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
     encoder = EncoderWeights({}, "resnet50", {"method": "slotfa"})
     given = parse_options("detection", "--auto-scale SOLVER.MAX_ITER 9 SOLVER.STEPS '(5, 7)'")
     options = add_max_val_images(FINE_TUNINGS["coco"], given, 10)
-    run = evaluation_runs.FineTuningRun("coco", 1, tmp_path / "coco/seed_1", options, RunLength(9))
-    command = evaluation_runs.build_command(args, run, encoder)
+    run = FineTuningRun("coco", 1, tmp_path / "coco/seed_1", options, RunLength(9))
+    command = build_command(args, run, encoder)
     assert command[-4:] == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(5, 7)"]
     line = " ".join(command)
     assert "train_net.py --config-file" in line
     assert "COCO_R_50_FPN_1x_SlotFA.yaml --num-gpus 8 --max-val-images 10 --auto-scale MODEL.WEIGHTS" in line
     assert f"OUTPUT_DIR {tmp_path}/coco/seed_1/run SEED 1 SOLVER" in line
-    run = evaluation_runs.FineTuningRun("voc12aug", 0, tmp_path / "voc12aug/seed_0", {}, RunLength(9))
+    run = FineTuningRun("voc12aug", 0, tmp_path / "voc12aug/seed_0", {}, RunLength(9))
     (run.folder / "run").mkdir(parents=True)
     (run.folder / "run/last_checkpoint").touch()
     published = f"{VOC_CONFIG} {tmp_path}/mmseg.pth 8 --work-dir {run.folder}/run --seed 0 --resume"
-    assert " ".join(evaluation_runs.build_command(args, run, encoder)).endswith(published)
+    assert " ".join(build_command(args, run, encoder)).endswith(published)
     given = parse_options("segmentation", "a.b=1 c=(2,3)")
     run = replace(run, options=add_max_val_images(FINE_TUNINGS["voc12aug"], given, 10))
-    line = " ".join(evaluation_runs.build_command(args, run, encoder))
+    line = " ".join(build_command(args, run, encoder))
     assert line.endswith("--seed 0 --max-val-images 10 --resume --cfg-options a.b=1 c=(2,3)")
 
 

@@ -13,13 +13,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transfer.encoders import EncoderWeights, read_encoder
-from transfer.evaluation_plan import print_plan
-from transfer.evaluation_runs import CONVERTED, FineTuningRun, find_run_folders, fine_tune, run_folder
-from transfer.evaluation_table import collect_rows, format_table
-from transfer.finetuning import DEFAULT_NAMES, FINE_TUNINGS, PACKAGES, data_root, is_installed
+from transfer.evaluation.fine_tunings import DEFAULT_NAMES, FINE_TUNINGS
+from transfer.evaluation.plan import print_plan
+from transfer.evaluation.recipe_options import (
+    Options,
+    add_max_val_images,
+    change_length,
+    describe_recipe,
+    parse_options,
+)
+from transfer.evaluation.recipe_records import check_record, make_record
+from transfer.evaluation.runs import CONVERTED, FineTuningRun, find_run_folders, fine_tune, run_folder
+from transfer.evaluation.table import collect_rows, format_table
 from transfer.formats import write_converted
-from transfer.recipe_options import Options, add_max_val_images, change_length, describe_recipe, parse_options
-from transfer.recipe_records import check_record, make_record
+from transfer.frameworks import PACKAGES, data_root, is_installed
 from transfer.results import write_json
 from transfer.verify import load_image, verify
 from utils import distributed

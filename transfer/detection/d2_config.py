@@ -14,7 +14,7 @@ from torch import Tensor
 from transfer.detection import d2_custom_config
 from transfer.detection.d2_custom_dataset import FLAGS, CustomDataset
 from transfer.detection.d2_registration import DATASET_NAMES
-from transfer.finetuning import CONFIG_GPUS, data_root
+from transfer.frameworks import CONFIG_GPUS, data_root
 from utils.errors import UsageError
 from utils.files import check_writable
 

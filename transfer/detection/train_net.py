@@ -11,7 +11,7 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transfer.detection import d2_custom_dataset
-from transfer.finetuning import data_root
+from transfer.frameworks import data_root
 from utils import distributed
 from utils.config import at_least, make_parser
 from utils.errors import UsageError

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from transfer.finetuning import data_root
+from transfer.frameworks import data_root
 from transfer.segmentation import folder_config
 from utils import distributed
 from utils.config import at_least, make_parser

@@ -1,19 +1,11 @@
 """The fine-tunings of evaluate.py: config, dataset, metrics, length and cost of each, and the published numbers."""
 
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from transfer.dataset_files import ADE20K, CITYSCAPES_INSTANCES, CITYSCAPES_SEMANTIC, COCO, VOC, DatasetFiles
-from transfer.training_time import ImageFlops, RunLength
-
-TRANSFER = Path(__file__).resolve().parent
-PACKAGES = {"detection": "detectron2", "segmentation": "mmseg"}
-"""Task -> the package that trains it."""
-
-CONFIG_GPUS = 8
-"""The number of GPUs that the detection configs are for, from which --auto-scale scales them."""
+from transfer.evaluation.dataset_files import ADE20K, CITYSCAPES_INSTANCES, CITYSCAPES_SEMANTIC, COCO, VOC, DatasetFiles
+from transfer.evaluation.training_time import ImageFlops, RunLength
+from transfer.frameworks import PACKAGES, TRANSFER, data_root, is_installed
 
 RELEASED = "released"
 """The recipe of a configuration that SlotCon's authors released."""
@@ -69,18 +61,6 @@ class FineTuning:
             return f"{PACKAGES[self.task]} is not installed"
         missing = self.dataset.find_missing(data_root(self.task))
         return f"{missing} does not exist" if missing else ""
-
-
-def is_installed(task: str) -> bool:
-    """Return whether the package that trains `detection` or `segmentation` is installed."""
-    return find_spec(PACKAGES[task]) is not None
-
-
-def data_root(task: str) -> Path:
-    """Return the folder that holds the datasets of `detection` or `segmentation`."""
-    if task == "detection":
-        return Path(os.environ.get("DETECTRON2_DATASETS", TRANSFER / "detection" / "datasets")).expanduser()
-    return Path(os.environ.get("SEGMENTATION_DATA", TRANSFER / "segmentation" / "data")).expanduser()
 
 
 _AP = {"box AP": "bbox.AP", "mask AP": "segm.AP"}

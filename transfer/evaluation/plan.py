@@ -4,9 +4,9 @@ from collections import Counter
 
 from tabulate import tabulate
 
-from transfer.evaluation_runs import FineTuningRun
-from transfer.finetuning import data_root
-from transfer.training_time import estimate_seconds, format_duration, measure_throughput
+from transfer.evaluation.runs import FineTuningRun
+from transfer.evaluation.training_time import estimate_seconds, format_duration, measure_throughput
+from transfer.frameworks import data_root
 
 
 def print_plan(runs: list[FineTuningRun]) -> None:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transfer.finetuning import FineTuning
-from transfer.recipe_options import Options, describe_recipe
+from transfer.evaluation.fine_tunings import FineTuning
+from transfer.evaluation.recipe_options import Options, describe_recipe
 from utils.errors import UsageError
 
 

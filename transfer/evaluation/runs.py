@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TextIO
 
 from transfer.encoders import EncoderWeights
-from transfer.finetuning import FINE_TUNINGS, TRANSFER, FineTuning
-from transfer.recipe_options import Options
-from transfer.recipe_records import has_checkpoint, make_record
+from transfer.evaluation.fine_tunings import FINE_TUNINGS, FineTuning
+from transfer.evaluation.recipe_options import Options
+from transfer.evaluation.recipe_records import has_checkpoint, make_record
+from transfer.evaluation.training_time import RunLength
+from transfer.frameworks import TRANSFER
 from transfer.results import write_json
-from transfer.training_time import RunLength
 
 CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
 """Task -> the format of `transfer.formats`, and the file in --out."""

@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 
-from transfer.finetuning import CONFIG_GPUS, RELEASED, FineTuning
-from transfer.training_time import RunLength
+from transfer.evaluation.fine_tunings import RELEASED, FineTuning
+from transfer.evaluation.training_time import RunLength
+from transfer.frameworks import CONFIG_GPUS
 from utils.errors import UsageError
 
 Options = Mapping[str, str]

@@ -7,9 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from transfer.evaluation_runs import find_run_folders, run_folder
-from transfer.finetuning import FINE_TUNINGS, PUBLISHED, RELEASED
-from transfer.recipe_records import read_started
+from transfer.evaluation.fine_tunings import FINE_TUNINGS, PUBLISHED, RELEASED
+from transfer.evaluation.recipe_records import read_started
+from transfer.evaluation.runs import find_run_folders, run_folder
 
 _MAX_RECIPE = 60
 """Characters of a recipe in the table."""
