@@ -100,8 +100,9 @@ def test_masks_are_polygons_or_run_length_codes(folder: Path) -> None:
 
     data = read(folder, add_masks)
     masks = [annotation.get("segmentation") for annotation in data.content["annotations"]]
-    assert masks[:5] == [RLE, RLE | {"counts": "abc"}, [[1, 1, 9, 1, 9, 9]], None, None]
-    assert len(data.without_mask) == 2
+    assert masks[:4] == [RLE, RLE | {"counts": "abc"}, [[1, 1, 9, 1, 9, 9]], None]
+    assert data.without_mask == [4]
+    assert data.num_ignored == 1  # the polygon of two points
     assert data.has_encoded_masks
 
 

@@ -302,6 +302,10 @@ def test_partial_data_is_skipped_and_finished_runs_are_kept(command: Command, ca
     assert rows["voc12aug_d8", "mIoU"]["note"] == f"skipped: {masks} does not exist"
     assert (rows["voc12aug", "mIoU"]["values"], rows["voc12aug", "mIoU"]["note"]) == ([40], "")
     assert rows["coco", "box AP"]["values"] == [40]
+    assert command.run("--only", "cityscapes") == 0
+    (command.folder / "segmentation/cityscapes/gtFine/val").rename(command.folder / "moved")
+    assert command.run("--only", "cityscapes_imagenet_norm") == 2
+    assert "gtFine/val does not exist" in command.rows()["cityscapes_imagenet_norm", "mIoU"]["note"]
     assert command.run("--only", "voc12aug", "--seeds", "2") == 0
     row = command.rows()["voc12aug", "mIoU"]
     assert (row["values"], row["note"]) == ([40], f"skipped: {masks} does not exist")

@@ -271,6 +271,15 @@ def test_evaluation_needs_no_training_images(data: Path, tmp_path: Path, monkeyp
         load_config(config)
 
 
+def test_listed_files_that_are_missing_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path))
+    voc = Path(shutil.copytree(data / "VOCdevkit", tmp_path / "VOCdevkit")) / "VOC2012"
+    (voc / "SegmentationClassAug/image_3.png").unlink()
+    error = r"SegmentationClassAug/image_3.png does not exist; 1 files of .*aug.txt are missing"
+    with pytest.raises(UsageError, match=error):
+        load_config(next(path for path in CONFIGS if "voc" in path.name))
+
+
 def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
     mm_config.import_and_register_mmseg()
     from mmseg.registry import DATASETS
@@ -360,7 +369,7 @@ def test_folder_of_images_trains_resumes_and_evaluates(
     assert "resume = False" in evaluated
     shutil.rmtree(data / "val/masks")
     error = run_expecting_usage_error(test.main, [str(config), str(run / "iter_3.pth")], capsys)
-    assert f"{data / 'val/images'}: no image has a mask of its name in {data / 'val/masks'}" in error
+    assert f"{data / 'val/masks'}: no such folder" in error
 
     argv = [str(FOLDER_CONFIG), str(run / "iter_3.pth"), "--work-dir", str(tmp_path / "other")]
     assert "use the config in the run's --work-dir" in run_expecting_usage_error(test.main, argv, capsys)
@@ -443,9 +452,10 @@ def truncate(path: Path) -> None:
 
 WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "data: no such folder"),
-    "no_images": (lambda folder: shutil.rmtree(folder / "val/images"), "val/images: no image has a mask of its name"),
-    "no_masks": (
-        lambda folder: shutil.rmtree(folder / "train/masks"),
+    "no_images": (lambda folder: shutil.rmtree(folder / "val/images"), "val/images: no such folder"),
+    "no_masks": (lambda folder: shutil.rmtree(folder / "train/masks"), "train/masks: no such folder"),
+    "empty_masks": (
+        lambda folder: [mask.unlink() for mask in (folder / "train/masks").iterdir()],
         "train/images: no image has a mask of its name",
     ),
     "mask_without_image": (

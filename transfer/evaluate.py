@@ -139,6 +139,8 @@ def evaluate(args: argparse.Namespace) -> bool:
     _check_folder(args, encoder, options)
     runs = _list_unfinished(args, options)
     skipped = {run.name: run.fine_tuning.why_unavailable(encoder.arch) for run in runs}
+    if (args.out / "evaluated.json").exists():
+        _write_tables(args, skipped, options, encoder)  # also if no fine-tuning can run
     _report_skipped(args, skipped)
     runs = [run for run in runs if not skipped[run.name]]
     _report_all_images(args, runs)

@@ -10,7 +10,7 @@ from utils.errors import UsageError
 def to_annotation(
     where: str, number: int, annotation: dict[str, Any], class_ids: dict[int, int], size: tuple[int, int]
 ) -> dict[str, Any] | None:
-    """Return an annotation with all of COCO's fields; None if its box has no area within the image.
+    """Return an annotation with all of COCO's fields; None if its box or mask has no area within the image.
 
     Args:
         where: the flag and its file, which begin a message.
@@ -39,8 +39,10 @@ def to_annotation(
         "area": area,
         "iscrowd": int(_is_crowd(described, annotation)),
     }
-    mask = _to_mask(described, annotation.get("segmentation"), size)
-    return result | {"segmentation": mask} if mask else result
+    if not annotation.get("segmentation"):
+        return result
+    mask = _to_mask(described, annotation["segmentation"], size)
+    return result | {"segmentation": mask} if mask else None
 
 
 def _is_crowd(described: str, annotation: dict[str, Any]) -> bool:
@@ -53,9 +55,7 @@ def _is_crowd(described: str, annotation: dict[str, Any]) -> bool:
 
 
 def _to_mask(described: str, mask: Any, size: tuple[int, int]) -> list[list[float]] | dict[str, Any] | None:
-    """Return a mask as polygons of at least three points or as a run-length code; None if there is none."""
-    if not mask:
-        return None
+    """Return a mask as a run-length code or as its polygons of at least three points; None if it has none of these."""
     width, height = size
     if isinstance(mask, dict):
         counts = mask.get("counts")

@@ -64,9 +64,8 @@ def _check_masks(dataset: CustomDataset) -> None:
         total = len(coco.content["annotations"])
         if coco.without_mask:
             raise UsageError(
-                f"--{split}-json: {len(coco.without_mask)} of {total} annotations (crowds included) have no mask of at "
-                f"least three points, the first is annotations[{coco.without_mask[0]}]; add the masks, or "
-                "MODEL.MASK_ON False for boxes only"
+                f"--{split}-json: {len(coco.without_mask)} of {total} annotations (crowds included) have no mask, the "
+                f"first is annotations[{coco.without_mask[0]}]; add the masks, or MODEL.MASK_ON False for boxes only"
             )
 
 
@@ -77,8 +76,7 @@ def _describe(cfg: Any, dataset: CustomDataset) -> list[str]:
         images, ignored = len(coco.content["images"]), coco.num_ignored
         note = f"--{split}-json: {images} images, {len(coco.objects)} objects, number of classes {len(coco.classes)}"
         notes.append(
-            note
-            + (f"; annotations ignored because their box has no area within the image: {ignored}" if ignored else "")
+            note + (f"; annotations ignored because their box or mask has no area: {ignored}" if ignored else "")
         )
     train, solver = dataset.get("train"), cfg.SOLVER
     if train:

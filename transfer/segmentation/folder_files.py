@@ -39,6 +39,9 @@ def find_split(dataset: Any) -> LabeledSplit:
     root = Path(dataset.data_root)
     check_folder("data_root", root)
     images, masks = root / dataset.split / "images", root / dataset.split / "masks"
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder")
     pairs = LAYOUTS["folder"].pairs(root, dataset.split)
     if not pairs:
         raise UsageError(f"{images}: no image has a mask of its name in {masks}")

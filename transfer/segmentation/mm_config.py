@@ -176,7 +176,7 @@ def _set_data_roots(loader: Any, root: Path, must_exist: bool) -> None:
     """Replace the leading `data` of each dataset's `data_root` with `root`.
 
     Raises:
-        UsageError: with `must_exist`, a folder or list of files of a dataset does not exist.
+        UsageError: with `must_exist`, a folder, a list of files or a file of that list does not exist.
     """
     for dataset in _find_datasets(loader):
         folder, advice = Path(dataset.data_root), "the config names it as the data's place"
@@ -187,6 +187,25 @@ def _set_data_roots(loader: Any, root: Path, must_exist: bool) -> None:
         for part in (*dataset.get("data_prefix", {}).values(), dataset.get("ann_file", "")):
             if must_exist and not (folder / part).exists():
                 raise UsageError(f"{folder / part} does not exist; {advice}")
+        if must_exist and "ann_file" in dataset:
+            _check_listed_files(dataset)
+
+
+def _check_listed_files(dataset: Any) -> None:
+    """Check that all images and masks in the list of a dataset exist, because training would stop at the first one.
+
+    Raises:
+        UsageError: files are missing; it names the first.
+    """
+    root = Path(dataset.data_root)
+    names = (root / dataset.ann_file).read_text().split()
+    suffixes = {"img_path": dataset.get("img_suffix", ".jpg"), "seg_map_path": dataset.get("seg_map_suffix", ".png")}
+    for key, folder in dataset.data_prefix.items():
+        existing = {entry.name for entry in os.scandir(root / folder)}
+        missing = [name for name in names if f"{name}{suffixes[key]}" not in existing]
+        if missing:
+            path = root / folder / f"{missing[0]}{suffixes[key]}"
+            raise UsageError(f"{path} does not exist; {len(missing)} files of {root / dataset.ann_file} are missing")
 
 
 def _find_datasets(configs: Any) -> Iterator[Any]:
