@@ -1,10 +1,7 @@
 """ADE20K: 20,210 training and 2,000 validation images, 150 classes, 0 in the masks is void; configs add pipelines."""
 
+_base_ = "./default_runtime.py"
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="ADE20KDataset",
         data_root="data/ade/ADEChallengeData2016",
@@ -12,10 +9,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="ADE20KDataset",
         data_root="data/ade/ADEChallengeData2016",

@@ -1,10 +1,7 @@
 """Cityscapes with fine annotations: 2,975 training and 500 validation images, 19 classes; configs add pipelines."""
 
+_base_ = "./default_runtime.py"
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="CityscapesDataset",
         data_root="data/cityscapes",
@@ -12,10 +9,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CityscapesDataset",
         data_root="data/cityscapes",

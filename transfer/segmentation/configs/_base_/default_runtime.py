@@ -1,4 +1,4 @@
-"""Settings of every run: hooks, logging, and the total batch size, which train.py divides over the GPUs."""
+"""Settings of every run: hooks, logging, loaders, and the total batch size, which train.py divides over the GPUs."""
 
 default_scope = "mmseg"
 env_cfg = dict(
@@ -13,6 +13,19 @@ log_level = "INFO"
 load_from = None
 resume = False
 
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+)
+test_dataloader = val_dataloader
 auto_scale_lr = dict(enable=False, base_batch_size=16)  # images per step, total of all GPUs
 
 val_cfg = dict(type="ValLoop")

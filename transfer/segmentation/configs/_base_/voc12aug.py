@@ -3,11 +3,8 @@
 Configs add the pipelines.
 """
 
+_base_ = "./default_runtime.py"
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="ConcatDataset",
         datasets=[
@@ -27,10 +24,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="PascalVOCDataset",
         data_root="data/VOCdevkit/VOC2012",

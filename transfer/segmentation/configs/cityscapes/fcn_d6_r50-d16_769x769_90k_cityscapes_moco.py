@@ -1,6 +1,6 @@
 """Cityscapes with MoCo's FCN: 90k iterations, batch size 16, learning rate 0.01, divided by 10 after 70% and 90%."""
 
-_base_ = ["../_base_/fcn_d6_r50-d16.py", "../_base_/cityscapes.py", "../_base_/default_runtime.py"]
+_base_ = ["../_base_/fcn_d6_r50-d16.py", "../_base_/cityscapes.py"]
 model = dict(
     data_preprocessor=dict(size=(769, 769)),
     decode_head=dict(num_classes=19),

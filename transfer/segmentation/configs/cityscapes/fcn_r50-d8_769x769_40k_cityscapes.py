@@ -1,6 +1,6 @@
 """Cityscapes with mmsegmentation's default FCN: output stride 8, auxiliary head, 40k iterations, batch size 16."""
 
-_base_ = ["../_base_/fcn_r50-d8.py", "../_base_/cityscapes.py", "../_base_/default_runtime.py"]
+_base_ = ["../_base_/fcn_r50-d8.py", "../_base_/cityscapes.py"]
 model = dict(
     data_preprocessor=dict(size=(769, 769)),
     decode_head=dict(num_classes=19, align_corners=True),

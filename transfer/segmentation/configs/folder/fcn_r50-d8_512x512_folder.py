@@ -16,10 +16,6 @@ model = dict(decode_head=dict(num_classes=None), auxiliary_head=dict(num_classes
 # A mask has the pixels of its image as they are stored, so an orientation in the image's EXIF data is ignored.
 load_image = dict(type="LoadImageFromFile", color_type="color_ignore_orientation")
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="FolderDataset",
         data_root=None,
@@ -29,10 +25,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="FolderDataset",
         data_root=None,

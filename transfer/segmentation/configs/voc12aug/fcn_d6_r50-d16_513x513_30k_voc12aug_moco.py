@@ -1,7 +1,7 @@
 """PASCAL VOC with MoCo's FCN: 30k iterations, batch size 16, learning rate 0.003, divided by 10 after 70% and 90%."""
 # mypy: disable-error-code="attr-defined"
 
-_base_ = ["../_base_/fcn_d6_r50-d16.py", "../_base_/voc12aug.py", "../_base_/default_runtime.py"]
+_base_ = ["../_base_/fcn_d6_r50-d16.py", "../_base_/voc12aug.py"]
 model = dict(decode_head=dict(num_classes=21))
 
 train_pipeline = [

@@ -5,7 +5,6 @@ _base_ = [  # mmengine replaces the list by the merged content of the files
     "../_base_/fcn_r50-d8.py",
     "../_base_/voc12aug.py",
     "../_base_/pipelines_512x512.py",
-    "../_base_/default_runtime.py",
 ]
 model = dict(decode_head=dict(num_classes=21), auxiliary_head=dict(num_classes=21))
 
