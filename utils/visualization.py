@@ -106,7 +106,7 @@ def view_grid(views: list[Tensor]) -> Tensor:
     """Draw V views, a row each: V tensors (N, 3, S_v, S_v) in [0, 1] -> (3, H, W) uint8."""
     side = views[0].shape[2]
     rows = torch.cat([F.interpolate(view, side) for view in views])
-    return _to_uint8(make_grid(rows, nrow=len(views[0]), padding=4, pad_value=1))
+    return to_uint8(make_grid(rows, nrow=len(views[0]), padding=4, pad_value=1))
 
 
 def slot_grid(images: Tensor, scores: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def slot_grid(images: Tensor, scores: Tensor) -> Tensor:
     assignments = torch.stack([assign_pixels(image_scores, side // 2) for image_scores in scores])
     assignments = F.interpolate(assignments[:, None].float(), side)[:, 0].long()
     maps = [render_slot_map(image, assignment) for image, assignment in zip(images, assignments)]
-    return _to_uint8(make_grid(torch.cat([images, torch.stack(maps)]), nrow=len(images), padding=4, pad_value=1))
+    return to_uint8(make_grid(torch.cat([images, torch.stack(maps)]), nrow=len(images), padding=4, pad_value=1))
 
 
 def assign_pixels(scores: Tensor, side: int) -> Tensor:
@@ -191,5 +191,6 @@ def region_boundaries(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return after, before & ~after
 
 
-def _to_uint8(image: Tensor) -> Tensor:
+def to_uint8(image: Tensor) -> Tensor:
+    """Convert pixel values in [0, 1] to uint8."""
     return (image * 255).round().clamp(0, 255).to(torch.uint8)

@@ -13,8 +13,8 @@ from models.grouping import occupied
 from transfer.figures.extractor import FeatureExtractor
 from transfer.figures.labels import LabelPlacer
 from transfer.figures.layout import MUTED_COLOR, grid_shape, new_figure, shorten
-from transfer.figures.regions import connected_regions, pixels_by_depth, region_side, resample, to_uint8
-from utils.visualization import assign_pixels, render_slot_map
+from transfer.figures.regions import connected_regions, pixels_by_depth, region_side, resample
+from utils.visualization import assign_pixels, render_slot_map, to_uint8
 
 _SIDE, _TEXT_HEIGHT, _GAP = 1.7, 0.22, 0.06
 """Inches: the side of an image, the height of its caption, and the space between images."""
@@ -78,9 +78,9 @@ def compute_slot_maps(extractor: FeatureExtractor, indices: Sequence[int], targe
 def _draw_map(panel: Axes, slot_map: SlotMap, prototypes: Collection[int] | None) -> None:
     """Draw the image above its map, with the caption below and the numbers of the prototypes in their regions."""
     side = slot_map.assignment.shape[0]
-    gap = torch.full((round(side * _GAP / _SIDE), side, 3), 255, dtype=torch.uint8)
+    gap = torch.ones(3, round(side * _GAP / _SIDE), side)
     colored = render_slot_map(slot_map.image, slot_map.assignment, prototypes)
-    column = torch.cat([to_uint8(slot_map.image), gap, to_uint8(colored)])
+    column = to_uint8(torch.cat([slot_map.image, gap, colored], dim=1)).permute(1, 2, 0)
     panel.imshow(column.numpy(), interpolation="antialiased")
     # The layout ignores the texts, which would widen the columns; the axes leave room for the caption.
     panel.set_ylim(len(column) + side * _TEXT_HEIGHT / _SIDE, -0.5)
@@ -90,7 +90,7 @@ def _draw_map(panel: Axes, slot_map: SlotMap, prototypes: Collection[int] | None
     style |= {"weight": "bold", "color": "white", "ha": "center", "va": "center_baseline"}
     style["path_effects"] = [patheffects.withStroke(linewidth=_STROKE_WIDTH, foreground="black")]
     for prototype, (x, y) in place_numbers(slot_map.assignment, prototypes):
-        panel.text(x, y + side + len(gap), str(prototype), **style)
+        panel.text(x, y + side + gap.shape[1], str(prototype), **style)
 
 
 def place_numbers(

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt, label
 from torch import Tensor
 
+from utils.visualization import to_uint8
+
 _OUTLINE_COLOR = (1.0, 0.78, 0.0)
 
 
@@ -37,12 +39,7 @@ def highlight_region(image: Tensor, region: Tensor, alpha: float) -> Tensor:
     rest = (1 - alpha) * image.mean(dim=0, keepdim=True).expand_as(image)
     highlighted = torch.where(region, image, rest)
     outline = region_outline(region, max(1, round(region.shape[0] / 150)))
-    return to_uint8(torch.where(outline, torch.tensor(_OUTLINE_COLOR)[:, None, None], highlighted))
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    """Convert an image (3, H, W) in 0..1 to (H, W, 3) uint8."""
-    return (image * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return to_uint8(torch.where(outline, torch.tensor(_OUTLINE_COLOR)[:, None, None], highlighted)).permute(1, 2, 0)
 
 
 def region_outline(region: Tensor, width: int) -> Tensor:
