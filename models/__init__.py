@@ -2,11 +2,12 @@
 
 import argparse
 
+from models.gtsa import GTSA
 from models.method import Method
 from models.slotcon import SlotCon
 from models.slotfa import SlotFA
 
-METHODS: dict[str, type[Method]] = {"slotcon": SlotCon, "slotfa": SlotFA}
+METHODS: dict[str, type[Method]] = {"slotcon": SlotCon, "slotfa": SlotFA, "gtsa": GTSA}
 
 __all__ = ["METHODS", "Method", "build_method"]
 

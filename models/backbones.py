@@ -6,6 +6,7 @@ from collections import OrderedDict
 from torch import nn
 from torchvision import models as torchvision_models
 
+from utils.config import between
 from utils.errors import UsageError
 
 RESNETS = (
@@ -88,6 +89,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         default=_DEFAULT_STRIDE,
         help="stride of the feature map of a ResNet; 16 and 8 use dilation",
     )
+    group.add_argument(
+        "--drop-path",
+        type=between(0, 1),
+        default=0.0,
+        help="largest stochastic depth rate of the student's blocks; ViTs only",
+    )
 
 
 def build_encoder(arch: str, output_stride: int = _DEFAULT_STRIDE, drop_path: float = 0.0) -> Encoder:
@@ -114,5 +121,5 @@ def build_encoder(arch: str, output_stride: int = _DEFAULT_STRIDE, drop_path: fl
     if output_stride != _DEFAULT_STRIDE and arch in _NOT_DILATABLE:
         raise UsageError(f"--output-stride {output_stride}: {arch} cannot be dilated; use 32, or resnet50 and larger")
     if drop_path:
-        raise UsageError(f"drop path {drop_path}: only ViTs have it, not a {arch}")
+        raise UsageError(f"--drop-path {drop_path:g}: only ViTs have it, not a {arch}; use --drop-path 0")
     return ResNetEncoder(arch, output_stride)

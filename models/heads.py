@@ -1,7 +1,9 @@
-"""MLP heads: the projector on feature maps and the slot predictor on masked rows."""
+"""Heads: MLPs on feature maps, on masked rows and on vectors, and 3x3 convolutions with layer norm."""
 
+import itertools
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.norm import RowBatchNorm
@@ -64,3 +66,47 @@ def _mlp(
         nn.GELU(),
         init(linear(dim_hidden, dim_out)),
     )
+
+
+class ConvBlock(nn.Module):
+    """A 3x3 convolution, layer norm over the channels without parameters, and GELU."""
+
+    def __init__(self, dim_in: int, dim_out: int, residual: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.residual = residual and dim_in == dim_out
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, dim_in, h, w) to (B, dim_out, h, w)."""
+        rows = self.conv(features).permute(0, 2, 3, 1)
+        output = F.gelu(F.layer_norm(rows, rows.shape[-1:])).permute(0, 3, 1, 2)
+        return features + output if self.residual else output
+
+
+class ConvHead(nn.Sequential):
+    """Convolutional blocks on a feature map, then a 1x1 convolution: the projector and the predictor of GTSA.
+
+    Args:
+        dims: channels of the input, of the output of each block, and of the output of the head.
+        residual: whether a block whose input and output have the same number of channels adds its input.
+    """
+
+    def __init__(self, dims: tuple[int, ...], residual: bool):
+        blocks = [ConvBlock(dim_in, dim_out, residual) for dim_in, dim_out in itertools.pairwise(dims[:-1])]
+        super().__init__(*blocks, nn.Conv2d(dims[-2], dims[-1], 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+
+
+class RotationHead(nn.Sequential):
+    """Logits of the four rotations from the mean of an encoder's feature map: an MLP with layer norm."""
+
+    def __init__(self, dim_in: int, dims_hidden: tuple[int, int, int] = (768, 768, 128), num_rotations: int = 4):
+        first, second, third = dims_hidden
+        super().__init__(
+            *(nn.Linear(dim_in, first), nn.LayerNorm(first), nn.GELU()),
+            *(nn.Linear(first, second), nn.LayerNorm(second), nn.GELU()),
+            *(nn.Linear(second, third), nn.LayerNorm(third)),
+            nn.Linear(third, num_rotations),
+        )

@@ -59,6 +59,38 @@ def slot_contrast(
     return 2 * temperature * total / query_mask.sum().clamp(min=1)
 
 
+def aligned_cosine(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Compute the crop loss of GTSA (arXiv 2304.08014): the negative cosine of aligned cells.
+
+    Args:
+        student: (G, B, T, C, h, w) cells of G x T pairs of views, with gradient.
+        teacher: (G, B, T, C, h, w) cells of the same pixels.
+        valid: (G, B, T) bool, the pairs of views that have common pixels.
+
+    Returns:
+        (G, T), the mean over the cells of the valid images; 0 where no image is valid.
+    """
+    cosine = F.cosine_similarity(upcast(student), upcast(teacher.detach()), dim=3).mean(dim=(3, 4))
+    return -torch.where(valid, cosine, 0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+
+
+def patch_correspondence(cosine: Tensor, num_matches: int) -> Tensor:
+    """Compute the patch correspondence loss of GTSA (arXiv 2304.08014).
+
+    Every patch is matched with its nearest neighbor among the patches of the other view. The `num_matches` best matches
+    of each direction count with their negative cosines; the two directions are averaged.
+
+    Args:
+        cosine: (..., N, M) similarities of the N patches of one view with the M patches of another.
+        num_matches: at most N and M.
+
+    Returns:
+        (...), one value for each pair of views and image.
+    """
+    best = [cosine.amax(dim=dim).topk(num_matches, dim=-1).values.mean(dim=-1) for dim in (-1, -2)]
+    return -(best[0] + best[1]) / 2
+
+
 class _InfoNCE(torch.autograd.Function):
     """The sum over queries of their cross-entropy with all keys, a block of queries at a time.
 

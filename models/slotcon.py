@@ -85,7 +85,8 @@ class SlotCon(Method):
         self.center_momentum, self.contrast_temp = args.center_momentum, args.contrast_temp
         self.loss_weights = {"loss/group": args.group_loss_weight, "loss/contrast": 1 - args.group_loss_weight}
 
-        self.encoder_q, self.encoder_k = (build_encoder(args.arch, args.output_stride) for _ in range(2))
+        self.encoder_q = build_encoder(args.arch, args.output_stride, args.drop_path)
+        self.encoder_k = build_encoder(args.arch, args.output_stride)
         self.projector_q, self.projector_k = (
             Projector(self.encoder_q.width, args.dim_hidden, args.dim_out) for _ in range(2)
         )

@@ -3,6 +3,8 @@
 from typing import Any
 
 import timm
+import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -11,7 +13,12 @@ from utils.errors import UsageError
 
 
 class ViTEncoder(VisionTransformer, Encoder):
-    """A ViT that returns its patch tokens as a map, for images whose sides are multiples of the patch size."""
+    """A ViT that returns its patch tokens as a map, for images whose sides are multiples of the patch size.
+
+    Position embeddings follow the size of the images by the rule of DINO (arXiv 2104.14294) and of GTSA: bicubic
+    interpolation by the factor (n + 0.1) / N for n patches instead of N, without antialiasing. timm's own rule differs
+    a little, except at the size of pre-training.
+    """
 
     def check_image_size(self, size: int) -> None:
         """Check that the patches divide square images of `size` pixels.
@@ -21,6 +28,19 @@ class ViTEncoder(VisionTransformer, Encoder):
         """
         if size % self.stride:
             raise UsageError(f"--image-size {size}: not a multiple of the patch size {self.stride}; use one")
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add position embeddings to patches (B, h, w, width), and prepend the class token: (B, 1 + h w, width)."""
+        embeddings: Any = self.pos_embed
+        class_position, positions = embeddings[:, :1], embeddings[:, 1:]
+        grid, size = self.patch_embed.grid_size, x.shape[1:3]
+        if size != grid:
+            planes = positions.unflatten(1, grid).permute(0, 3, 1, 2)
+            factors = ((size[0] + 0.1) / grid[0], (size[1] + 0.1) / grid[1])
+            planes = F.interpolate(planes.float(), scale_factor=factors, mode="bicubic").to(x.dtype)
+            positions = planes.flatten(2).transpose(1, 2)
+        class_token = self.cls_token + class_position
+        return torch.cat([class_token.to(x.dtype).expand(len(x), -1, -1), x.flatten(1, 2) + positions], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Map images (B, 3, H, W) to (B, width, H / stride, W / stride)."""

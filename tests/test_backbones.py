@@ -82,18 +82,22 @@ def small_vit() -> torch.nn.Module:
     return build_encoder(SMALL_VIT).double().eval()
 
 
-@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
-def test_vit_returns_the_patch_tokens_of_timm_as_a_map(size: tuple[int, int]) -> None:
-    model, (height, width) = library_model(SMALL_VIT).double().eval(), (size[0] // 16, size[1] // 16)
+def test_vit_returns_the_patch_tokens_of_timm_as_a_map() -> None:
+    model = library_model(SMALL_VIT).double().eval()
     model.load_state_dict(small_vit().state_dict())
     with torch.no_grad():
-        features = small_vit()(images(1, 3, *size))
-        tokens = model.forward_features(images(1, 3, *size))
-    assert features.shape == (1, 192, height, width)
-    for row in range(height):
-        for column in range(width):
-            token = tokens[0, 1 + row * width + column]
+        features = small_vit()(images(1, 3, 224, 224))
+        tokens = model.forward_features(images(1, 3, 224, 224))
+    assert features.shape == (1, 192, 14, 14)
+    for row in range(14):
+        for column in range(14):
+            token = tokens[0, 1 + row * 14 + column]
             torch.testing.assert_close(features[0, :, row, column], token, rtol=0, atol=1e-10)
+
+
+def test_vit_takes_images_of_any_multiple_of_the_patch_size() -> None:
+    with torch.no_grad():
+        assert small_vit()(images(1, 3, 64, 96)).shape == (1, 192, 4, 6)
 
 
 def test_drop_path_grows_linearly_over_the_blocks_of_a_vit() -> None:
@@ -108,7 +112,7 @@ def test_drop_path_grows_linearly_over_the_blocks_of_a_vit() -> None:
     [
         (SMALL_VIT, {"output_stride": 16}, "--output-stride 16: the stride of a vit_tiny_patch16_224 is its patch"),
         ("resnet18", {"output_stride": 8}, "--output-stride 8: resnet18 cannot be dilated"),
-        ("resnet50", {"drop_path": 0.1}, "drop path 0.1: only ViTs have it"),
+        ("resnet50", {"drop_path": 0.1}, "--drop-path 0.1: only ViTs have it"),
         ("resnet51", {}, "--arch resnet51: unknown"),
     ],
 )
