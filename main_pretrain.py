@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the arguments of a run; the recipe of `--method` sets the defaults of the shared ones."""
-    method_parser = config.make_parser(__doc__, add_help=False)
-    method_parser.add_argument("--method", default="slotcon")
-    name = method_parser.parse_known_args(argv)[0].method
+    """Parse the arguments of a run; the recipe of `--method` for `--arch` sets the defaults of the shared ones."""
+    recipe_parser = config.make_parser(__doc__, add_help=False)
+    recipe_parser.add_argument("--method", default="slotcon")
+    recipe_parser.add_argument("--arch")
+    chosen = recipe_parser.parse_known_args(argv)[0]
 
     parser = config.make_parser(__doc__)
     parser.add_argument("--method", choices=tuple(METHODS), default="slotcon", help="pre-training method")
@@ -45,9 +46,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     compiler.add_arguments(parser.add_argument_group("speed"))
     config.add_run_arguments(parser.add_argument_group("run"))
     config.add_probe_arguments(parser.add_argument_group("probe"))
-    if name in METHODS:
-        METHODS[name].add_arguments(parser.add_argument_group(f"method {name}"))
-        config.set_recipe(parser, METHODS[name].recipe)
+    if chosen.method in METHODS:
+        method = METHODS[chosen.method]
+        method.add_arguments(parser.add_argument_group(f"method {chosen.method}"))
+        config.set_recipe(parser, method.recipe)
+        if chosen.arch in models.backbones.VITS:
+            config.set_recipe(parser, method.vit_recipe)
     return parser.parse_args(argv)
 
 

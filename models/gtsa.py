@@ -1,6 +1,7 @@
 """GTSA (arXiv 2304.08014): features that follow the geometric transformations of their views."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -52,7 +53,7 @@ class GTSA(Method):
         "batch_size": 512,
         "epochs": 100,
         "warmup_epoch": 10,
-        "warmup_multiplier": float("inf"),
+        "warmup_multiplier": math.inf,
         "optimizer": "adamw",
         "base_lr": 5e-4,
         "weight_decay": 0.04,

@@ -22,6 +22,8 @@ class Method(nn.Module, ABC):
 
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Published values of shared arguments (optimizer, learning rate, epochs, ...), which become their defaults."""
+    vit_recipe: ClassVar[Mapping[str, Any]] = {}
+    """Values that replace those of `recipe` where `--arch` is a ViT."""
     compiled: ClassVar[tuple[str, ...]] = ()
     """Names of the methods that `--compile` compiles: fixed shapes, tensors in and out, no host reads."""
     encoder_q: Encoder

@@ -1,6 +1,7 @@
 """SlotCon (arXiv 2205.15288): semantic grouping and slot contrast."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,6 +51,17 @@ class SlotCon(Method):
         "base_lr": 1.0,
         "weight_decay": 1e-5,
         "momentum": 0.9,
+    }
+    # Ours: the papers train ResNets only. The optimization of ViTs is that of GTSA and DINO (arXiv 2104.14294).
+    vit_recipe: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adamw",
+        "base_lr": 5e-4,
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+        "warmup_epoch": 10,
+        "warmup_multiplier": math.inf,
+        "clip_grad": 3.0,
+        "drop_path": 0.1,
     }
     compiled: ClassVar[tuple[str, ...]] = ("encode_student", "encode_teacher", "compute_losses")
     center: Tensor

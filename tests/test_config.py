@@ -95,6 +95,15 @@ def test_a_recipe_sets_the_defaults_of_shared_arguments(
     assert "optimizer (default: adamw)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arch", [["--arch", "vit_small_patch16_224"], ["--arch=vit_base_patch8_224"]], ids=" ".join)
+@pytest.mark.parametrize("method", ["slotcon", "slotfa"])
+def test_vits_have_a_recipe_of_their_own(method: str, arch: list[str]) -> None:
+    args = main_pretrain.parse_args(["--method", method, *arch, "--base-lr", "1e-3"])
+    assert (args.optimizer, args.base_lr, args.weight_decay_end, args.drop_path) == ("adamw", 1e-3, 0.4, 0.1)
+    resnet = main_pretrain.parse_args(["--method", method, "--arch", "resnet18"])
+    assert (resnet.optimizer, resnet.weight_decay_end, resnet.drop_path) == ("lars", None, 0)
+
+
 def test_a_recipe_wins_over_defaults_that_the_method_sets(
     multi_crop: type[MultiCrop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +156,7 @@ def test_the_published_recipe_of_slotcon_is_the_default() -> None:
 
 SLOTCON = {"method": "slotcon", "dataset": "COCO", "epochs": 800, "num_prototypes": 256}
 SLOTFA = SLOTCON | {"method": "slotfa", "group_loss_weight": 1.0, "fa_gradient": True, "fa_train_prototypes": False}
+GTSA = {"method": "gtsa", "dataset": "COCO", "epochs": 100}
 LAUNCHERS = {
     "slotcon_coco_r50_800ep": SLOTCON,
     "slotcon_cocoplus_r50_800ep": SLOTCON | {"dataset": "COCOplus"},
@@ -156,6 +166,9 @@ LAUNCHERS = {
     "slotfa_coco_r50_800ep_contrast": SLOTFA | {"group_loss_weight": 0.5, "fa_train_prototypes": True},
     "slotfa_coco_r50_800ep_released": SLOTFA | {"fa_gradient": False},
     "SlotFA": SLOTFA,
+    "slotcon_coco_vit_small_800ep": SLOTCON | {"arch": "vit_small_patch16_224"},
+    "gtsa_coco_vit_small_100ep": GTSA,
+    "gtsa_ade20k_vit_small_100ep": GTSA | {"dataset": "ADE20K"},
 }
 
 
@@ -173,7 +186,7 @@ def test_a_launcher_starts_its_published_recipe(launcher: str, tmp_path: Path) -
     words = output.splitlines()
     assert words[words.index("--nproc_per_node") + 1] == "3"
     args = main_pretrain.parse_args(words[words.index(str(tmp_path / "main_pretrain.py")) + 1 :])
-    expected = vars(main_pretrain.parse_args(["--method", args.method])) | LAUNCHERS[launcher]
+    expected = vars(main_pretrain.parse_args(["--method", args.method, "--arch", args.arch])) | LAUNCHERS[launcher]
     expected |= {"data_dir": "/images", "output_dir": "run", "seed": 7, "auto_resume": True, "device": "cuda"}
     expected |= {"amp": "bf16", "save_freq": args.save_freq}
     assert vars(args) == expected
