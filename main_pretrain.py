@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the arguments of a run; the recipe of `--method` for `--arch` sets the defaults of the shared ones."""
+    """Parse the arguments of a run; the recipe of `--method` for `--arch` sets the defaults of the shared ones.
+
+    Raises:
+        UsageError: --patch-size is given for a ResNet.
+    """
     recipe_parser = config.make_parser(__doc__, add_help=False)
     recipe_parser.add_argument("--method", default="slotcon")
     recipe_parser.add_argument("--arch")
@@ -50,16 +54,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         method = METHODS[chosen.method]
         method.add_arguments(parser.add_argument_group(f"method {chosen.method}"))
         config.set_recipe(parser, method.recipe)
-        if chosen.arch in models.backbones.VITS:
-            config.set_recipe(parser, method.vit_recipe)
-    return parser.parse_args(argv)
+        arch = chosen.arch or parser.get_default("arch")
+        is_vit = models.backbones.is_vit(arch)
+        config.set_recipe(parser, method.vit_recipe if is_vit else method.resnet_recipe)
+    args = parser.parse_args(argv)
+    models.backbones.resolve_patch_size(args)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; invalid input ends it with one line and exit status 2."""
-    args = parse_args(argv)
     try:
-        pretrain(args)
+        pretrain(parse_args(argv))
     except UsageError as error:
         distributed.exit_with_error(str(error))
     except KeyboardInterrupt:
@@ -100,8 +106,8 @@ def build_run(args: argparse.Namespace, device: torch.device, num_images: int) -
     notes = compiler.resolve_compile(args, device)
     torch.manual_seed(args.seed)
     method = build_method(args).to(device).to(memory_format=torch.channels_last)
-    for view_recipe in method.view_recipes(args):
-        method.encoder_q.check_image_size(view_recipe.size)
+    for flag in method.view_size_flags:
+        method.encoder_q.check_image_size(getattr(args, flag.removeprefix("--").replace("-", "_")), flag)
     if device.type == "cuda" and distributed.world_size() > 1:
         synchronize_batch_norms(method)
     if args.compile:
@@ -167,6 +173,7 @@ def train_step(
     set_hyperparameters(run.optimizer, plan.lr_at(step), plan.weight_decay_at(step))
     run.method.update_teacher(plan.teacher_momentum_at(step))
     guard.begin_step()
+    distributed.seed_step(args.seed, step)
     if args.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()
     outputs = []

@@ -1,12 +1,13 @@
 """Encoders: images (B, 3, H, W) -> feature map (B, C, h, w), from torchvision's ResNets and timm's ViTs."""
 
 import argparse
+import re
 from collections import OrderedDict
 
 from torch import nn
 from torchvision import models as torchvision_models
 
-from utils.config import between
+from utils.config import at_least, between
 from utils.errors import UsageError
 
 RESNETS = (
@@ -34,9 +35,22 @@ VITS = (
     "vit_large_patch14_224",
 )
 ARCHITECTURES = RESNETS + VITS
+_VIT_NAME = re.compile(r"vit_(tiny|small|base|large)_patch([1-9]\d*)_224")
 _DEFAULT_STRIDE = 32
 _DILATED_STAGES = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}
 _NOT_DILATABLE = ("resnet18", "resnet34")  # the basic blocks of torchvision have no dilation
+
+
+def is_vit(arch: str) -> bool:
+    """Return whether an architecture is a ViT: one of `VITS`, or one of these with another patch size in its name."""
+    return _VIT_NAME.fullmatch(arch) is not None
+
+
+def vit_patch_size(arch: str) -> int:
+    """Return the patch size in the name of a ViT."""
+    match = _VIT_NAME.fullmatch(arch)
+    assert match, arch
+    return int(match[2])
 
 
 class Encoder(nn.Module):
@@ -47,8 +61,11 @@ class Encoder(nn.Module):
     stride: int
     """Pixels of the image for each cell of the feature map, in each direction."""
 
-    def check_image_size(self, size: int) -> None:
+    def check_image_size(self, size: int, flag: str = "--image-size") -> None:
         """Check that the encoder takes square images of `size` pixels.
+
+        Args:
+            flag: the flag that sets the size, which begins the message.
 
         Raises:
             UsageError: it does not.
@@ -83,11 +100,14 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help="encoder: a ResNet of torchvision (resnet18 ...) or a ViT of timm (vit_tiny_patch16_224 ...)",
     )
     group.add_argument(
+        "--patch-size", type=at_least(1), help="side of a ViT's patches in pixels (default: that in the name of --arch)"
+    )
+    group.add_argument(
         "--output-stride",
         type=int,
         choices=_DILATED_STAGES,
         default=_DEFAULT_STRIDE,
-        help="stride of the feature map of a ResNet; 16 and 8 use dilation",
+        help="stride of the feature map: 16 and 8 dilate ResNet-50 and larger; that of a ViT is its patch size",
     )
     group.add_argument(
         "--drop-path",
@@ -97,18 +117,31 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def resolve_patch_size(args: argparse.Namespace) -> None:
+    """Make `args.arch` and `args.patch_size` agree: --patch-size replaces the patch size in the name of --arch.
+
+    Raises:
+        UsageError: --arch is not a ViT, and --patch-size is given.
+    """
+    if is_vit(args.arch):
+        args.patch_size = args.patch_size or vit_patch_size(args.arch)
+        args.arch = re.sub(r"_patch\d+_", f"_patch{args.patch_size}_", args.arch)
+    elif args.patch_size:
+        raise UsageError(f"--patch-size {args.patch_size}: a {args.arch} has no patches; omit it, or use a ViT")
+
+
 def build_encoder(arch: str, output_stride: int = _DEFAULT_STRIDE, drop_path: float = 0.0) -> Encoder:
     """Build a randomly initialized encoder.
 
     Args:
-        arch: one of `ARCHITECTURES`.
+        arch: one of `ARCHITECTURES`, or a ViT with another patch size in its name.
         output_stride: 32, 16 or 8, for ResNets; the stride of a ViT is its patch size.
         drop_path: largest stochastic depth rate of a ViT, which grows linearly from 0 over its blocks.
 
     Raises:
         UsageError: the architecture is unknown, or cannot have this output stride or drop path.
     """
-    if arch in VITS:
+    if is_vit(arch):
         if output_stride != _DEFAULT_STRIDE:
             raise UsageError(f"--output-stride {output_stride}: the stride of a {arch} is its patch size; omit it")
         try:

@@ -61,6 +61,8 @@ class GTSA(Method):
         "clip_grad": 3.0,
         "clip_grad_per_parameter": True,
     }
+    resnet_recipe: ClassVar[Mapping[str, Any]] = {"drop_path": 0.0}  # ours: the paper trains ViTs only
+    view_size_flags: ClassVar[tuple[str, ...]] = ("--image-size", "--local-size")
     compiled: ClassVar[tuple[str, ...]] = ("encode_student", "encode_teacher", "compute_losses")
 
     @staticmethod
@@ -180,7 +182,8 @@ class GTSA(Method):
             patches = _unit_patches(maps, batch_size)
             with torch.autocast(maps.device.type, enabled=False):
                 cosine = torch.einsum("gbdn,tbdm->gtbnm", patches, targets)
-            losses.append(patch_correspondence(cosine, patches.shape[-1] // 2).mean(dim=2))
+            num_matches = max(1, min(cosine.shape[-2:]) // 2)
+            losses.append(patch_correspondence(cosine, num_matches).mean(dim=2))
         return _mean_over_pairs(losses)
 
 

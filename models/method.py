@@ -22,8 +22,12 @@ class Method(nn.Module, ABC):
 
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Published values of shared arguments (optimizer, learning rate, epochs, ...), which become their defaults."""
+    resnet_recipe: ClassVar[Mapping[str, Any]] = {}
+    """Values that replace those of `recipe` where `--arch` is a ResNet."""
     vit_recipe: ClassVar[Mapping[str, Any]] = {}
     """Values that replace those of `recipe` where `--arch` is a ViT."""
+    view_size_flags: ClassVar[tuple[str, ...]] = ("--image-size",)
+    """The flags that set the sides of the views, which the encoder has to accept."""
     compiled: ClassVar[tuple[str, ...]] = ()
     """Names of the methods that `--compile` compiles: fixed shapes, tensors in and out, no host reads."""
     encoder_q: Encoder

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.backbones import Encoder
+from models.backbones import Encoder, vit_patch_size
 from utils.errors import UsageError
 
 
@@ -20,14 +20,16 @@ class ViTEncoder(VisionTransformer, Encoder):
     a little, except at the size of pre-training.
     """
 
-    def check_image_size(self, size: int) -> None:
+    def check_image_size(self, size: int, flag: str = "--image-size") -> None:
         """Check that the patches divide square images of `size` pixels.
 
         Raises:
-            UsageError: they do not.
+            UsageError: they do not; it names `flag`.
         """
         if size % self.stride:
-            raise UsageError(f"--image-size {size}: not a multiple of the patch size {self.stride}; use one")
+            below = size - size % self.stride
+            sizes = f"{below} or {below + self.stride}" if below else f"{self.stride}"
+            raise UsageError(f"{flag} {size}: not a multiple of the patch size {self.stride}; use {sizes}")
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Add position embeddings to patches (B, h, w, width), and prepend the class token: (B, 1 + h w, width)."""
@@ -52,10 +54,14 @@ def build_vit(arch: str, drop_path: float = 0.0) -> ViTEncoder:
     """Build a randomly initialized ViT by its timm name.
 
     Args:
-        arch: the name, such as `vit_small_patch16_224`.
+        arch: the name, such as `vit_small_patch16_224`; also with a patch size that timm has no name for.
         drop_path: largest stochastic depth rate, which grows linearly from 0 over the blocks.
     """
-    vit: Any = timm.create_model(arch, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path)
+    patch_size = vit_patch_size(arch)
+    name = arch.replace(f"_patch{patch_size}_", "_patch16_")  # timm has this patch size for all widths and depths
+    vit: Any = timm.create_model(
+        name, patch_size=patch_size, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path
+    )
     vit.__class__ = ViTEncoder  # `create_model` knows the sizes of every variant, but only builds its own class
     vit.width, vit.stride = vit.embed_dim, vit.patch_embed.patch_size[0]
     return vit

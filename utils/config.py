@@ -89,7 +89,12 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay-end", type=non_negative, help="final weight decay of a cosine schedule; default: constant")
     add("--momentum", type=between(0, 1), default=0.9, help="momentum of sgd and lars")
     add("--clip-grad", type=non_negative, default=0.0, help="max gradient norm; 0 disables clipping")
-    add("--clip-grad-per-parameter", action="store_true", help="clip the norm of each parameter on its own")
+    add(
+        "--clip-grad-per-parameter",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="clip the norm of each parameter on its own instead of the norm of all together",
+    )
     add("--epochs", type=at_least(1), default=800, help="number of epochs")
     add(
         "--start-epoch",

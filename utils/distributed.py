@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -146,6 +147,11 @@ def check_same_on_all_ranks(flags: str, value: object) -> None:
     """
     if len({repr(other) for other in all_gather_object(value)}) > 1:
         raise UsageError(f"{flags}: not the same on all nodes; give each of them the same files and flags")
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's generators, from which stochastic depth draws, by (seed, step, rank), so that a resumed run repeats."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
