@@ -17,13 +17,14 @@ from utils.errors import UsageError
 from utils.files import atomic_write
 from utils.integrity import ADVICE, DamagedFileError, check_checksum
 from utils.resnet_names import torchvision_name
+from utils.vit_names import DETECTRON2_PREFIX, timm_vit_name
 
 Weights = dict[str, Tensor]
 
 _ENCODER_PREFIXES = {
     "teacher": ("encoder_k.", "momentum_encoder."),
     "student": ("encoder_q.", "base_encoder."),
-    "only": ("encoder.", "backbone."),
+    "only": ("encoder.", DETECTRON2_PREFIX, "backbone."),
 }
 """The prefixes of an encoder's tensors: those of SlotCon and SlotFA first, then those of GTSA."""
 
@@ -130,7 +131,7 @@ def checkpoint_args(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weights]:
-    """Find an encoder in `weights`; the ResNet in a file of detectron2 gets torchvision's names.
+    """Find an encoder in `weights`; those of detectron2 and mmsegmentation get the names of torchvision or timm.
 
     Args:
         prefer: which one to return of a file that has both, `teacher` or `student`.
@@ -139,7 +140,7 @@ def find_encoder(weights: Weights, prefer: str = "teacher") -> tuple[str, Weight
         Which one it is, `teacher`, `student`, or `only` where the file is a single encoder, and its weights without
         their prefix and without a classifier; both are empty if there is none.
     """
-    weights = _rename_detectron2(weights) or weights
+    weights = _rename_detectron2(weights) or _rename_mmseg_vit(weights) or weights
     bare = "conv1.weight" in weights or "patch_embed.proj.weight" in weights
     for which in sorted(_ENCODER_PREFIXES, key=lambda name: (name == "only", name != prefer)):
         for prefix in (*_ENCODER_PREFIXES[which], *([""] if which == "only" and bare else [])):
@@ -163,11 +164,39 @@ def _rename_detectron2(weights: Weights) -> Weights:
     return {}
 
 
+def _rename_mmseg_vit(weights: Weights) -> Weights:
+    """Return the ViT of a backbone or a segmentor of mmsegmentation by timm's names; {} if there is none."""
+    for prefix in ("", "backbone."):
+        if f"{prefix}patch_embed.projection.weight" in weights:
+            return {
+                timm_vit_name(name.removeprefix(prefix)): value
+                for name, value in weights.items()
+                if name.startswith(prefix)
+            }
+    return {}
+
+
 def _add_batch_counters(weights: Weights) -> Weights:
     """Add `num_batches_tracked` = 0 to batch norms without it, as files written before torch 0.4 have them."""
     means = [name for name in weights if name.endswith("running_mean")]
     counters = [name.replace("running_mean", "num_batches_tracked") for name in means]
     return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in weights} | weights
+
+
+def check_vit_complete(weights: Weights, where: str) -> None:
+    """Check that an encoder is not a ViT of detectron2, which has neither class token nor final norm.
+
+    Args:
+        where: the file, as messages name it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if "patch_embed.proj.weight" in weights and not {"cls_token", "norm.weight"} & weights.keys():
+        raise UsageError(
+            f"{where}: a ViT of detectron2, without class token and final norm; "
+            "use the checkpoint from which it was converted"
+        )
 
 
 def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
@@ -215,6 +244,7 @@ def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
     for name, module in method.named_children():
         part = _find_part(weights, name)
         if part and not _other_num_prototypes(part, module):
+            check_vit_complete(part, f"--init {path}")
             load_strict(module, part, f"--init {path}: {name}")
             check_finite(part, f"--init {path}: {name}")
             taken.append(name)

@@ -150,7 +150,7 @@ def check_same_on_all_ranks(flags: str, value: object) -> None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generators, from which stochastic depth draws, by (seed, step, rank), so that a resumed run repeats."""
+    """Seed torch's generators by (seed, step, rank), so that stochastic depth repeats itself in a resumed run."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
 
 

@@ -43,8 +43,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps_ok = torch.zeros((), device=self.device)
-        self._updates = torch.zeros((), device=self.device)
+        self._counts: dict[str, Tensor] = {}
         self._flags: list[Tensor] = []
         self._steps, self._wait_seconds, self._images = 0, 0.0, 0
         self._start = time.monotonic()
@@ -77,14 +76,14 @@ class Meter:
         # A gradient scaler skips steps whose gradients overflow.
         updated = step_ok * gradient_norm.isfinite()
         self._accumulate("optim/gradient_norm", gradient_norm, updated)
-        self._steps_ok = self._steps_ok + step_ok
-        self._updates = self._updates + updated
         self._flags += [bad_ranks, step_ok[None]]
         self._steps += 1
 
     def _accumulate(self, name: str, value: Tensor, step_ok: Tensor) -> None:
+        """Add a value to its average where `step_ok` is 1; a method may leave out some of its outputs in some steps."""
         value = torch.where(step_ok > 0, value, 0)
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts[name] + step_ok if name in self._counts else step_ok
 
     def read(self, step: int) -> tuple[dict[str, float], list[str]]:
         """Read the averages over ranks since the last call, after `step` optimizer steps.
@@ -95,27 +94,26 @@ class Meter:
         Raises:
             UsageError: too many consecutive steps were not finite, or too many images are unreadable.
         """
-        names = list(self._sums)
+        names, n = list(self._sums), len(self._sums)
         host = torch.tensor([self._images, self._wait_seconds, len(self._new_unreadable)], dtype=torch.float32)
         local = torch.cat([torch.stack(list(self._sums.values())), host.to(self.device, non_blocking=True)])
         total = distributed.all_reduce_sum(local)
         monitored = self.monitor.compute() if self.monitor is not None else {}
-        values = torch.cat([total, self._steps_ok[None], self._updates[None], *self._flags]).tolist()
+        values = torch.cat([total, torch.stack(list(self._counts.values())), *self._flags]).tolist()
         elapsed, ranks = time.monotonic() - self._start, distributed.world_size()
 
-        sums, (images, wait_seconds, new_unreadable, *counts) = values[: len(names)], values[len(names) :][:5]
-        (steps_ok, updates), flags = counts, values[len(names) + 5 :]
+        sums, (images, wait_seconds, new_unreadable), values = values[:n], values[n : n + 3], values[n + 3 :]
+        counts, flags = dict(zip(names, values[:n])), values[n:]
         messages = self._report_bad_steps(flags, step - self._steps, ranks)
         messages += self._exchange_unreadable() if new_unreadable else []
-        divisors = {name: updates if name == "optim/gradient_norm" else steps_ok for name in names}
         metrics = {
-            name: value / ranks / divisors[name] if divisors[name] else float("nan") for name, value in zip(names, sums)
+            name: value / ranks / counts[name] if counts[name] else float("nan") for name, value in zip(names, sums)
         }
         if self.monitor is not None and monitored:
             metrics |= dict(zip(monitored, torch.stack(list(monitored.values())).tolist()))
             messages += self.monitor.warnings(metrics)
         metrics |= {
-            "optim/skipped_steps": self._steps - updates,
+            "optim/skipped_steps": self._steps - counts["optim/gradient_norm"],
             "speed/images_per_second": images / elapsed,
             "speed/data_wait": wait_seconds / ranks / elapsed,
             "data/unreadable_images": len(self.unreadable),

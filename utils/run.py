@@ -39,7 +39,8 @@ class Run(Generic[MethodT]):
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         moments = 2 if args.optimizer == "adamw" else 1
         weights = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
-        local_norm = args.device == "cpu" and distributed.world_size() > 1
+        has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules())
+        local_norm = has_norm and args.device == "cpu" and distributed.world_size() > 1
         lines = {
             "method": f"{args.method}, {args.arch}, stride {method.encoder_q.stride}",
             "images": f"{plan.num_images} of {args.dataset} in {args.data_dir}",
