@@ -42,7 +42,8 @@ class FiniteGuard:
 
     def begin_step(self) -> None:
         """Save the buffers (batch norm statistics, center) before the first forward of a step."""
-        torch._foreach_copy_(self._saved, self._buffers)
+        if self._buffers:  # a ViT has none
+            torch._foreach_copy_(self._saved, self._buffers)
         self._bad_ranks.zero_()
 
     @torch.no_grad()
@@ -70,5 +71,6 @@ class FiniteGuard:
         step_ok = 1 - bad_ranks.amax()
         if gradient_norm is not None:
             step_ok = step_ok * gradient_norm.isfinite()
-        restore_unless_(step_ok, self._buffers, self._saved)
+        if self._buffers:
+            restore_unless_(step_ok, self._buffers, self._saved)
         return step_ok, bad_ranks
