@@ -552,13 +552,13 @@ def test_unknown_suffix_is_refused(
     assert f"OUT {tmp_path / name}: unknown suffix; use one of .pth .pt .pkl .safetensors" in line
 
 
-@pytest.mark.parametrize("target", ["torchvision", "detectron2", "mmseg"])
 def test_framework_without_vits_is_refused_for_a_vit(
-    target: str, tmp_path: Path, convert_expecting_usage_error: FailingConvert
+    tmp_path: Path, convert_expecting_usage_error: FailingConvert
 ) -> None:
     torch.save(vit_weights(1), tmp_path / "in.pth")
-    line = convert_expecting_usage_error(tmp_path / "in.pth", tmp_path / f"out{SUFFIX[target]}", "--to", target)
-    assert f"--to {target} has no vit_tiny_patch16_224; use transfer/convert.py --to timm or safetensors" in line
+    line = convert_expecting_usage_error(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "torchvision")
+    assert "--to torchvision has no vit_tiny_patch16_224" in line
+    assert "use transfer/convert.py --to timm, detectron2, mmseg or safetensors" in line
 
 
 def test_full_disk_leaves_the_old_file(

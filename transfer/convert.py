@@ -75,7 +75,7 @@ def convert(args: argparse.Namespace) -> None:
     if writes:
         encoder = read_encoder(args.input, args.encoder, "IN")
         _check_output(args)
-        write_converted(args.output, encoder, target)
+        count = write_converted(args.output, encoder, target)
     if image is not None:
         try:
             comparison = verify(args.input, args.output, args.encoder, image, target, flags=("IN", "OUT"))
@@ -84,7 +84,7 @@ def convert(args: argparse.Namespace) -> None:
                 args.output.unlink()
             raise
     if writes:
-        print(f"{args.output}: {_describe(encoder)}, for {target}")
+        print(f"{args.output}: {count} tensors of the {_describe(encoder)}, for {target}")
     if image is not None:
         print(f"verified: {comparison}")
 
@@ -117,7 +117,7 @@ def _describe(encoder: EncoderWeights) -> str:
     which = {"teacher": "teacher's ", "student": "student's "}.get(provenance["encoder"], "")
     method = f" of {provenance['method']}" if "method" in provenance else ""
     epoch = f" after epoch {provenance['epoch']}" if "epoch" in provenance else ""
-    return f"{len(encoder.weights)} tensors of the {which}{encoder.arch}{method}{epoch}"
+    return f"{which}{encoder.arch}{method}{epoch}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,12 +138,12 @@ def infer_arch(weights: Weights, where: str) -> str:
     Raises:
         UsageError: there is none; the message names the closest architecture and the first difference.
     """
+    checkpoint.check_vit_complete(weights, where)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     is_vit = any(name.startswith(("patch_embed.", "blocks.")) for name in weights)
-    shape = shapes.get("patch_embed.proj.weight", ())
-    patch = shape[-1] if shape else 16
-    same_patch = [arch for arch in VITS if f"_patch{patch}_" in arch]
-    candidates = (same_patch or VITS) if is_vit else RESNETS
+    patch = shapes.get("patch_embed.proj.weight", (16,))[-1]
+    vits = dict.fromkeys(re.sub(r"_patch\d+_", f"_patch{patch}_", arch) for arch in VITS if 0 < patch <= 224)
+    candidates = tuple(vits or VITS) if is_vit else RESNETS
     try:
         arch = max(candidates, key=lambda arch: len(_encoder_shapes(arch).items() & shapes.items()))
     except UsageError:
