@@ -44,6 +44,37 @@ def make_method(*flags: str) -> Any:
     return method.eval()
 
 
+def make_vit_method(method: str) -> Any:
+    """Build GTSA, or a small SlotCon, with a small ViT."""
+    argv = ["--dataset", "folder", "--data-dir", ".", "--device", "cpu", *([] if method == "gtsa" else TINY)]
+    args = main_pretrain.parse_args([*argv, "--method", method, "--arch", "vit_tiny_patch16_224"])
+    torch.manual_seed(1)
+    return build_method(args).eval()
+
+
+RELEASED_GTSA = {
+    "encoder_q.": "base_encoder.",
+    "encoder_k.": "momentum_encoder.",
+    "projector_q.": "base_projector.",
+    "projector_k.": "momentum_projector.",
+    "predictor.": "base_predictor.",
+    "rotation_head.": "rot_predictor.",
+}
+"""Prefix of this project's names -> prefix in the checkpoints that the authors of GTSA released."""
+
+
+def save_vit_checkpoint(path: Path, method: str, released: bool = False) -> Path:
+    """Save a method with a ViT, as a pre-training run or the authors of GTSA do."""
+    weights = make_vit_method(method).state_dict()
+    if released:
+        for ours, theirs in RELEASED_GTSA.items():
+            weights = {name.replace(ours, theirs) if name.startswith(ours) else name: weights[name] for name in weights}
+        torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
+    else:
+        torch.save({"model": weights, "args": {"method": method}, "epoch": 3}, path)
+    return path
+
+
 def save_checkpoint(path: Path, *flags: str) -> Path:
     """Save the small method as a pre-training run does."""
     torch.save({"model": make_method(*flags).state_dict(), "args": {"method": "slotcon"}, "epoch": 3}, path)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import main_pretrain
 from tests.helpers import run_expecting_usage_error
-from tests.probe_data import make_folder, make_method
+from tests.probe_data import make_folder, make_method, make_vit_method
 from transfer.probe import online_probe
 from transfer.probe.labeled_features import LAYOUTS
 from transfer.probe.online_probe import OnlineProbe
@@ -27,6 +27,10 @@ def labeled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(online_probe, "_STEPS", 20)
     monkeypatch.setattr(online_probe, "_SIZE", 64)
     return make_folder(tmp_path / "labeled")
+
+
+def probe_args(labeled: Path, arch: str = "resnet18") -> argparse.Namespace:
+    return argparse.Namespace(probe_dir=str(labeled), probe_dataset="folder", arch=arch, output_stride=32)
 
 
 def test_pretraining_reports_the_probe_every_few_epochs_and_at_the_end(
@@ -43,9 +47,7 @@ def test_probe_changes_neither_the_encoder_nor_the_random_state(labeled: Path) -
     encoder = make_method().encoder_k.train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    OnlineProbe(argparse.Namespace(probe_dir=str(labeled), probe_dataset="folder")).measure(
-        encoder, torch.device("cpu")
-    )
+    OnlineProbe(probe_args(labeled)).measure(encoder, torch.device("cpu"))
     assert encoder.training
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -54,8 +56,7 @@ def test_probe_changes_neither_the_encoder_nor_the_random_state(labeled: Path) -
 
 
 def test_features_beyond_float16_are_clamped(labeled: Path) -> None:
-    args = argparse.Namespace(probe_dir=str(labeled), probe_dataset="folder")
-    scores = OnlineProbe(args).measure(HugeFeatures(), torch.device("cpu"))
+    scores = OnlineProbe(probe_args(labeled)).measure(HugeFeatures(), torch.device("cpu"))
     assert all(0 < score <= 100 for score in scores.values())
 
 
@@ -64,11 +65,24 @@ class HugeFeatures(nn.Module):
         return 1e6 * F.avg_pool2d(images, 16)
 
 
+def test_encoder_of_gtsa_is_measured(labeled: Path) -> None:
+    args = probe_args(labeled, "vit_tiny_patch16_224")
+    scores = OnlineProbe(args).measure(make_vit_method("gtsa").encoder_k, torch.device("cpu"))
+    assert all(0 < score <= 100 for score in scores.values())
+
+
+_PATCHES_OF_12 = ["--arch", "vit_tiny_patch16_224", "--patch-size", "12", "--image-size", "60", "--probe-dir", "folder"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "--probe-freq: needs --probe-dir"), (["--probe-dir", "nowhere"], "--probe-dir nowhere: no such folder")],
+    [
+        ([], "--probe-freq: needs --probe-dir"),
+        (["--probe-dir", "nowhere"], "--probe-dir nowhere: no such folder"),
+        (_PATCHES_OF_12, "--probe-freq: the probe's images of 224 px are no multiple of the patch size 12"),
+    ],
 )
-def test_missing_labeled_images_are_a_usage_error(
+def test_probe_that_cannot_run_is_a_usage_error(
     flags: list[str], message: str, tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in run_expecting_usage_error(main_pretrain.main, tiny("--probe-freq", "1", *flags), capsys)

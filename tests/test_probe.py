@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from data import demo
 from data.datasets import build_dataset
 from data.demo import render_scene
 from tests.helpers import run_expecting_usage_error
-from tests.probe_data import VOID, make_folder, save_checkpoint, write_image
+from tests.probe_data import VOID, make_folder, save_checkpoint, save_vit_checkpoint, write_image
 from tests.reference import segmentation_scores as reference
 from transfer.encoders import build_frozen_encoder, untrained_encoder
 from transfer.probe import (
@@ -508,7 +510,8 @@ def test_probe_run_caches_by_checkpoint_and_stride(folder: Path, tmp_path: Path)
 
     def images_encoded(sha256: str, stride: int, layer: str = "map") -> int:
         args = argparse.Namespace(cache=tmp_path, batch_size=2, num_workers=0, output_stride=stride)
-        encoder: Any = argparse.Namespace(provenance={"encoder": "teacher", "source_sha256": sha256})
+        provenance = {"encoder": "teacher", "source_sha256": sha256}
+        encoder: Any = argparse.Namespace(arch="resnet18", provenance=provenance)
         network = MeanColor()
         ProbeRun(args, dataset, dataset, CPU).extract(dataset, network, encoder, layer)
         return network.images
@@ -667,6 +670,28 @@ def test_random_encoder_equals_its_baseline_and_uses_the_cache(
     assert "- Checkpoint: random (untrained, resnet18)\n" in (tmp_path / "results/results.md").read_text()
 
 
+@pytest.mark.parametrize(("method", "released"), [("gtsa", False), ("gtsa", True), ("slotcon", False)])
+def test_linear_probe_measures_the_teacher_of_a_vit_checkpoint(
+    method: str, released: bool, folder: Path, tmp_path: Path
+) -> None:
+    path = save_vit_checkpoint(tmp_path / "current.pth", method, released)
+    content = run_probe("linear", path, folder, tmp_path, *PROBE_FLAGS["linear"])
+    provenance = content["checkpoint"]
+    assert (provenance["arch"], provenance["encoder"]) == ("vit_tiny_patch16_224", "teacher")
+    assert provenance.get("method") == (None if released else method)
+    maps = np.concatenate([np.load(file) for file in sorted((tmp_path / "cache").rglob("maps.npy"))])
+    assert maps.shape == (7, 4, 4, 192)
+    # The final norm, without training, leaves mean 0 and variance 1 at each position; rounded to float16.
+    np.testing.assert_allclose(maps.mean(axis=3, dtype=np.float64), 0, atol=1e-3)
+    np.testing.assert_allclose(maps.var(axis=3, dtype=np.float64), 1, atol=1e-2)
+
+
+def test_random_vit_has_the_requested_patch_size(folder: Path, tmp_path: Path) -> None:
+    flags = ("--arch", "vit_tiny_patch16_224", "--patch-size", "8")
+    content = run_probe("knn", "random", folder, tmp_path, *flags, *PROBE_FLAGS["knn"])
+    assert (content["checkpoint"]["arch"], content["output_stride"]) == ("vit_tiny_patch8_224", 8)
+
+
 def test_vit_is_measured_with_its_baseline(folder: Path, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
@@ -777,18 +802,36 @@ def test_checkpoint_without_prototypes_suggests_clusters(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    for source in ("random", tmp_path / "resnet18.pth"):
+    gtsa = save_vit_checkpoint(tmp_path / "gtsa.pth", "gtsa")
+    for source in ("random", tmp_path / "resnet18.pth", gtsa):
         assert "--clusters" in usage_error("unsupervised", source, folder, tmp_path, capsys)
 
 
-def test_vit_needs_a_size_of_whole_patches(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("timm")
-    arch = ["--arch", "vit_tiny_patch16_224", "--size", "72"]
-    assert "--size" in usage_error("knn", "random", folder, tmp_path, capsys, *arch)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "72"], "--size 72: not a multiple of the patch size 16; use 64 or 80"),
+        (["--size", "320", "--patch-size", "14"], "--size 320: not a multiple of the patch size 14; use 308 or 322"),
+        (["--output-stride", "16"], "--output-stride 16: the stride of a vit_tiny_patch16_224 is its patch size"),
+        (["--arch", "resnet18", "--patch-size", "8"], "--patch-size 8: a resnet18 has no patches"),
+    ],
+    ids=" ".join,
+)
+def test_flag_that_does_not_fit_the_vit_is_named_before_any_work(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--arch", "vit_tiny_patch16_224", *flags]
+    assert message in usage_error("knn", "random", tmp_path / "missing", tmp_path, capsys, *arguments)
 
 
 def truncate(file: Path, length: int) -> None:
     file.write_bytes(file.read_bytes()[:length])
+
+
+def insert_short_chunk(file: Path) -> None:
+    """Insert a chunk that is shorter than its kind, for which Pillow raises a ValueError, after a PNG's first one."""
+    content, chunk = file.read_bytes(), b"pHYs" + b"abc"
+    file.write_bytes(content[:33] + struct.pack(">I", 3) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:])
 
 
 def corrupt(file: Path) -> None:
@@ -805,6 +848,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # a file, wha
         "holds the value 300",
     ),
     "truncated image": ("train/images/1.png", lambda file: truncate(file, 200), "cannot be read"),
+    "image with a short chunk": ("val/images/1.png", insert_short_chunk, "cannot be read"),
+    "mask with a short chunk": ("val/masks/1.png", insert_short_chunk, "cannot be read"),
     "corrupt mask": ("train/masks/1.png", corrupt, "cannot be read"),
     "only void": (
         *("val/masks", lambda folder: [write_image(file, np.full((72, 96), VOID)) for file in folder.iterdir()]),

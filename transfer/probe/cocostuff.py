@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from transfer.probe.image_files import read_image
 from utils.config import make_parser
 from utils.distributed import exit_with_error
 from utils.errors import UsageError
@@ -104,10 +105,7 @@ def make_masks(maps: Path, out: Path) -> None:
 
 
 def _read_pixel_map(file: Path) -> NDArray[np.uint8]:
-    try:
-        values = np.array(Image.open(file))
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
+    values = np.array(read_image(file))
     if values.ndim != 2 or values.dtype != np.uint8 or ((values > 181) & (values < 255)).any():
         raise UsageError(f"{file}: not a pixel map of COCO-Stuff (one channel, values 0 to 181 and 255)")
     return values

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data import demo
 from data.datasets import SUFFIXES, check_folder
 from transfer.probe import cocostuff
+from transfer.probe.image_files import read_image
 from utils import distributed
 from utils.device import loader_workers
 from utils.errors import UsageError
@@ -182,10 +183,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, mask_path = self.pairs[index]
-        try:
-            image = Image.open(image_path).convert("RGB")
-        except OSError as error:
-            raise UsageError(f"{image_path}: cannot be read ({error})") from None
+        image = read_image(image_path, "RGB")
         values = _read_mask(mask_path)
         if values.shape[::-1] != image.size:
             sizes = f"{values.shape[1]} x {values.shape[0]}, its image {image.width} x {image.height}"
@@ -214,10 +212,7 @@ def _select(pairs: Pairs, name_list: Path) -> Pairs:
 
 def _read_mask(path: Path) -> NDArray[np.int64]:
     """Read the values (H, W) of a mask with one channel, or the indices of one with a palette."""
-    try:
-        values = np.array(Image.open(path))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
+    values = np.array(read_image(path))
     if values.ndim != 2:
         raise UsageError(f"{path}: has {values.shape[-1]} channels; a mask has one, of class indices")
     if values.max(initial=0) > VOID:
@@ -318,11 +313,8 @@ def _map_shape(network: DenseEncoder, size: int, device: torch.device) -> tuple[
     Raises:
         UsageError: the pixels cannot be divided evenly into positions.
     """
-    try:
-        with torch.inference_mode():
-            channels, height, width = network(torch.zeros(1, 3, size, size, device=device)).shape[1:]
-    except AssertionError as error:  # timm's ViTs
-        raise UsageError(f"--size {size}: not a whole number of patches ({error})") from None
+    with torch.inference_mode():
+        channels, height, width = network(torch.zeros(1, 3, size, size, device=device)).shape[1:]
     if size % height:
         raise UsageError(f"--size {size}: not divisible into a map of {height} x {width}; use a multiple of the stride")
     return height, width, channels

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from models.backbones import build_encoder
 from transfer.probe.labeled_features import LabeledFeatures, SegmentationDataset, encode_images
 from transfer.probe.linear_segmentation import fit_linear
 from transfer.probe.segmentation_probe import compute_scores, dataset_confusion
@@ -19,15 +20,23 @@ class OnlineProbe:
     """A linear probe on the first 100 training and 100 validation images of a labeled dataset, at 224 px.
 
     Args:
-        args: the run's arguments, of which `probe_dir` and `probe_dataset` are used.
+        args: the run's arguments, of which `probe_dir`, `probe_dataset`, `arch` and `output_stride` are used.
 
     Raises:
-        UsageError: --probe-dir is not given, or has no labeled images in the layout --probe-dataset.
+        UsageError: --probe-dir is not given, or has no labeled images in the layout --probe-dataset; or the patches of
+            the encoder do not divide the images.
     """
 
     def __init__(self, args: argparse.Namespace):
         if not args.probe_dir:
             raise UsageError("--probe-freq: needs --probe-dir, a folder of labeled images")
+        with torch.device("meta"):  # without memory for the weights
+            stride = build_encoder(args.arch, args.output_stride).stride
+        if _SIZE % stride:
+            raise UsageError(
+                f"--probe-freq: the probe's images of {_SIZE} px are no multiple of the patch size {stride}; "
+                "use another --patch-size or --probe-freq 0"
+            )
         self.train, self.val = (
             SegmentationDataset(args.probe_dataset, Path(args.probe_dir), split, _SIZE, _IMAGES, flag="--probe-dir")
             for split in ("train", "val")

@@ -125,6 +125,8 @@ class ProbeRun:
         args = self.args
         metadata = {name: encoder.provenance[name] for name in ("encoder", "source_sha256")}
         metadata |= {"layer": layer, "stride": args.output_stride}
+        if backbones.is_vit(encoder.arch):  # earlier versions interpolated the position embeddings by timm's rule
+            metadata["position_embeddings"] = "DINO"
         network = network.to(self.device)
         return extract_features(network, dataset, args.cache, metadata, self.device, args.batch_size, args.num_workers)
 
@@ -209,7 +211,11 @@ def _run(args: argparse.Namespace, name: str, probe: Probe) -> None:
     source = "random" if random else f"{path.resolve().parent.name}_{path.stem}"
     args.out = args.out or Path("output/probe") / f"{name}_{args.dataset}_{source}"
     state = {} if random else checkpoint.load(path, "checkpoint")
+    if random:
+        backbones.resolve_patch_size(args)
     encoder = untrained_encoder(args.arch, args.seed) if random else extract_encoder(state, path, args.encoder)
+    with torch.device("meta"):  # without memory for the weights
+        backbones.build_encoder(encoder.arch, args.output_stride).check_image_size(args.size, "--size")
     check_writable("--out", args.out, overwrite=True, folder=True)
     train = SegmentationDataset(args.dataset, args.data_dir, "train", args.size, args.train_images)
     val = SegmentationDataset(args.dataset, args.data_dir, "val", args.size, args.val_images, args.val_list)
