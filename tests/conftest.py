@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The networks of the tests are so small that threads would only wait for one another.
@@ -16,7 +16,7 @@ from PIL import Image
 
 import main_pretrain
 from data.demo import render_scene
-from tests.helpers import TINY, SmallEncoder
+from tests.helpers import tiny_flags, use_small_encoder
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "coco_mini"
 
@@ -49,7 +49,7 @@ def tiny(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
     def command(*flags: str) -> list[str]:
         paths = ["--dataset", "folder", "--data-dir", str(images), "--output-dir", str(tmp_path / "run")]
-        return [*paths, *TINY, *flags]
+        return [*paths, *tiny_flags(*flags)]
 
     return command
 
@@ -60,6 +60,7 @@ def tiny_args(tiny: Callable[..., list[str]]) -> argparse.Namespace:
 
 
 @pytest.fixture
-def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_encoder() -> Iterator[None]:
     """Build methods with `SmallEncoder`, for tests that do not depend on the encoder."""
-    monkeypatch.setattr("models.slotcon.build_encoder", SmallEncoder)
+    with use_small_encoder():
+        yield

@@ -4,7 +4,8 @@ import argparse
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,29 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
-from models import build_method
+from models import METHODS, build_method
 from models.backbones import Encoder
 from utils import distributed
 from utils.batch import Batch, ViewRecord
 
-TINY = ["--arch", "resnet18", "--image-size", "64", "--dim-hidden", "32", "--dim-out", "16", "--num-prototypes", "8"]
-TINY += ["--device", "cpu", "--num-workers", "0", "--batch-size", "8", "--epochs", "2", "--warmup-epoch", "1"]
-"""Flags of a small run: four steps on the 16 images of the fixture `images`."""
+_TINY = ["--arch", "resnet18", "--image-size", "64", "--device", "cpu", "--num-workers", "0"]
+_TINY += ["--batch-size", "8", "--epochs", "2", "--warmup-epoch", "1"]
+_DIMS = ["--dim-hidden", "32", "--dim-out", "16"]
+_TINY_METHODS = {
+    "slotcon": [*_DIMS, "--num-prototypes", "8"],
+    "slotfa": [*_DIMS, "--num-prototypes", "8"],
+    "gtsa": [*_DIMS, "--local-size", "32", "--local-views", "2", "--correspondence-epoch", "1"],
+}
+
+
+def tiny_flags(*flags: str) -> list[str]:
+    """Return the flags of a small run, followed by `flags`: four steps on the 16 images of the fixture `images`."""
+    method = flags[flags.index("--method") + 1] if "--method" in flags[:-1] else "slotcon"
+    return [*_TINY, *_TINY_METHODS.get(method, []), *flags]
+
+
+TINY = tiny_flags()
+"""The flags of a small run of SlotCon."""
 
 METHOD_FLAGS = {
     "slotcon": ["--method", "slotcon"],
@@ -33,8 +49,12 @@ METHOD_FLAGS = {
     "slotfa_contrast": ["--method", "slotfa", "--group-loss-weight", "0.5", "--fa-train-prototypes"],
     "slotfa_released": ["--method", "slotfa", "--no-fa-gradient"],
     "slotfa_encoder": ["--method", "slotfa", "--fa-level", "encoder", "--fa-slot-ratio", "0.5"],
+    "gtsa": ["--method", "gtsa"],
 }
 """The flags of every method and preset."""
+
+SMALL_VIT = ["--arch", "vit_tiny_patch16_224", "--image-size", "32"]
+"""The flags of the ViT that costs least, with maps of 2 x 2 cells."""
 
 
 class SmallEncoder(Encoder, nn.Sequential):
@@ -46,9 +66,16 @@ class SmallEncoder(Encoder, nn.Sequential):
         super().__init__(nn.Conv2d(3, self.width, 8, 8), nn.BatchNorm2d(self.width), nn.ReLU())
 
 
+@contextmanager
+def use_small_encoder() -> Iterator[None]:
+    """Build the encoders of all methods as `SmallEncoder`."""
+    with patch("models.slotcon.build_encoder", SmallEncoder), patch("models.gtsa.build_encoder", SmallEncoder):
+        yield
+
+
 def build_small_method(args: argparse.Namespace) -> Any:
     """Build a method with `SmallEncoder`, also in other processes, where fixtures have no effect."""
-    with patch("models.slotcon.build_encoder", SmallEncoder):
+    with use_small_encoder():
         return build_method(args)
 
 
@@ -88,11 +115,21 @@ def make_batch(num_images: int = 6, sizes: Sequence[int] = (64, 64), seed: int =
     """Make a batch of noise whose views, of the given sides, overlap in every image; half of them are flipped."""
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(num_images, 3, size, size, generator=generator) for size in sizes]
-    number = torch.arange(len(sizes), dtype=torch.float32)[:, None]
+    number = torch.arange(len(sizes), dtype=torch.float32)[:, None] % 3
     crops = torch.tensor([[0.0, 0.0, 60.0, 60.0]]) + number * torch.tensor([[20.0, 10.0, 30.0, 20.0]])
     flips = torch.rand(num_images, len(sizes), generator=generator) < 0.5
     rotations = torch.zeros(num_images, len(sizes), dtype=torch.int64)
     return Batch(views, crops.repeat(num_images, 1, 1), flips, rotations, torch.arange(num_images))
+
+
+def make_method_batch(args: argparse.Namespace, num_images: int = 6, seed: int = 3) -> Batch:
+    """Make a batch as `make_batch` does, with the sizes, flips and rotations of the views of a method."""
+    recipes = METHODS[args.method].view_recipes(args)
+    batch = make_batch(num_images, [recipe.size for recipe in recipes], seed)
+    generator = torch.Generator().manual_seed(seed)
+    quarters = torch.randint(4, batch.rotations.shape, generator=generator)
+    flips = batch.flips & torch.tensor([recipe.flip_p > 0 for recipe in recipes])
+    return replace(batch, flips=flips, rotations=quarters * torch.tensor([recipe.rotate for recipe in recipes]))
 
 
 def shard(batch: Batch) -> Batch:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from main_pretrain import parse_args
-from models import build_method
-from tests.helpers import TINY, SmallEncoder
+from tests.helpers import TINY, build_small_method
 from tests.reference.grouping import Array
 from tests.reference.methods import Geometry, Inputs
 from utils.batch import Batch
@@ -24,8 +22,7 @@ APART = ((0, 0, 40, 40), (60, 50, 110, 100))
 def method_in_mid_training(*flags: str, seed: int = 0) -> Any:
     """A method with a teacher that lags behind, a center, and features that differ among positions."""
     torch.manual_seed(seed)
-    with patch("models.slotcon.build_encoder", SmallEncoder):
-        method = build_method(parse_args([*TINY, *flags])).train()
+    method = build_small_method(parse_args([*TINY, *flags])).train()
     with torch.no_grad():
         for part in (method.projector_q, method.predictor_slot):
             for parameter in part.parameters():

@@ -128,9 +128,7 @@ def test_a_recipe_with_an_unknown_argument_is_an_error(
 def test_a_method_trains_with_its_views_recipe_and_metrics(
     multi_crop: type[MultiCrop], tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    argv = tiny("--method", "multi-crop")
-    at = argv.index("--dim-hidden")  # arguments of SlotCon
-    main_pretrain.main([*argv[:at], *argv[at + 6 :], "--print-freq", "1"])
+    main_pretrain.main(tiny("--method", "multi-crop", "--print-freq", "1"))
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["args"]["optimizer"] == "adamw"
     metrics = read_metrics(tmp_path / "run")

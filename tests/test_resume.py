@@ -5,13 +5,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 
 import main_pretrain
-from tests.helpers import METHOD_FLAGS, TINY, SmallEncoder, read_metrics, read_weights, run_expecting_usage_error
+from tests.helpers import (
+    METHOD_FLAGS,
+    TINY,
+    read_metrics,
+    read_weights,
+    run_expecting_usage_error,
+    use_small_encoder,
+)
 from utils.resume import check_changes
 
 Tiny = Callable[..., list[str]]
@@ -22,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_encoder")
 def original_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     argv = ["--dataset", "folder", "--data-dir", str(images), "--output-dir", str(folder), *TINY, "--save-freq", "1"]
-    with patch("models.slotcon.build_encoder", SmallEncoder):
+    with use_small_encoder():
         main_pretrain.main(argv)
     return folder
 
