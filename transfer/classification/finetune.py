@@ -1,0 +1,293 @@
+"""Fine-tune a pre-trained encoder on labeled images, and measure its top-1 and top-5 accuracy."""
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: OpenMP threads that wait by spinning slow down every other process on their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from models.backbones import is_vit
+from transfer.classification.accuracy import evaluate
+from transfer.classification.augmentation import (
+    add_augmentation_arguments,
+    build_mix,
+    build_train_transform,
+    build_val_transform,
+)
+from transfer.classification.classifier_training import Classification, evaluate_epoch, train, write_results
+from transfer.classification.image_classifier import (
+    build_classifier,
+    build_fine_tuning_optimizer,
+    load_encoder_weights,
+)
+from transfer.classification.labeled_files import DATASETS, LabeledFiles, check_same_classes, list_labeled_files
+from transfer.classification.labeled_images import TrainingImages, ValidationImages
+from transfer.encoders import EncoderWeights, read_encoder
+from utils import checkpoint, distributed, resume
+from utils.config import TrainingPlan, at_least, between, make_parser
+from utils.device import choose_device
+from utils.errors import UsageError
+from utils.run_log import RunLog
+
+LAYER_DECAY = {"vit": 0.65, "resnet": 1.0}
+DROP_PATH = {"vit": 0.1, "resnet": 0.0}
+"""Defaults for both kinds of encoders."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", help="any checkpoint that transfer/convert.py reads")
+    parser.add_argument(
+        "--encoder",
+        choices=("teacher", "student"),
+        help="which encoder of CKPT to use (default: the teacher, if there are two)",
+    )
+    _add_data_arguments(parser.add_argument_group("data"))
+    add_augmentation_arguments(parser.add_argument_group("augmentation"))
+    _add_optimization_arguments(parser.add_argument_group("optimization"))
+    _add_run_arguments(parser.add_argument_group("run"))
+    parser.set_defaults(init="", start_epoch=1)  # of pre-training, for utils.resume
+    return parser.parse_args(argv)
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--dataset", choices=DATASETS, default="folder", help="layout of --data-dir")
+    add("--data-dir", required=True, help="{train,val}/CLASS/*.jpg, or iNaturalist 2019 as it is distributed")
+    add("--image-size", type=at_least(32), default=224, help="side of the images in pixels")
+    add("--max-val-images", type=at_least(1), metavar="N", help="evaluate on N evenly spaced images (default: all)")
+    add("--num-workers", type=at_least(0), default=8, help="DataLoader workers for each process")
+
+
+def _add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
+    add, non_negative = group.add_argument, at_least(0, float)
+    add(
+        "--global-pool",
+        choices=("avg", "token"),
+        default="avg",
+        help="classify the mean of the patch tokens, or the class token; a ResNet has the mean only",
+    )
+    add("--drop-path", type=between(0, 1), help="largest stochastic depth rate (default: 0.1 for ViTs, 0 for ResNets)")
+    add(
+        "--layer-decay",
+        type=between(0, 1),
+        help="learning rate decay per layer (default: 0.65 for ViTs, 1 for ResNets)",
+    )
+    add("--batch-size", type=at_least(1), default=1024, help="images per batch over all GPUs")
+    add("--epochs", type=at_least(1), default=100, help="number of epochs")
+    add("--base-lr", type=non_negative, default=5e-4, help="learning rate of the classifier for a batch of 256")
+    add(
+        "--warmup-epoch",
+        type=at_least(0),
+        help="epochs of linear warm-up from 0 (default: 5, but at most a tenth of --epochs)",
+    )
+    add("--weight-decay", type=non_negative, default=0.05, help="weight decay, not applied to biases and norms")
+    add(
+        "--amp",
+        choices=("bf16", "fp16", "off"),
+        help="mixed precision; default: bf16 on GPUs that support it, fp16 on older GPUs, off on CPUs",
+    )
+
+
+def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--output-dir", default="./output/classification", help="folder of the run")
+    add("--auto-resume", action="store_true", help="resume from current.pth in --output-dir if it exists")
+    add("--resume", default="", metavar="FILE", help="resume from a checkpoint of a fine-tuning")
+    add("--allow-changes", action="store_true", help="resume although arguments changed that affect the result")
+    add("--eval-only", action="store_true", help="evaluate CKPT, which a fine-tuning saved, on the validation images")
+    add("--print-freq", type=at_least(1), default=10, help="optimizer steps between reports")
+    add("--seed", type=at_least(0), default=0, help="random seed of the classifier, order and augmentation")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; invalid input ends it with one line and exit status 2."""
+    args = parse_args(argv)
+    try:
+        evaluate_fine_tuned(args) if args.eval_only else fine_tune(args)
+    except UsageError as error:
+        distributed.exit_with_error(str(error))
+    except KeyboardInterrupt:
+        distributed.exit_with_error(
+            "interrupted; add --auto-resume to continue from the last checkpoint, if one was saved", status=130
+        )
+    # Not after an error: destroying the NCCL group would wait for ranks that are still in a collective.
+    distributed.shutdown()
+
+
+def fine_tune(args: argparse.Namespace) -> None:
+    """Start or resume a fine-tuning, and train it to its end.
+
+    Raises:
+        UsageError: before anything is written, if an input is invalid.
+    """
+    device = choose_device(args)
+    distributed.initialize(device)
+    # A moved file does not change the result; its checksum is saved among the arguments instead of its path.
+    encoder = read_encoder(vars(args).pop("checkpoint"), args.encoder)
+    train_files, val_files = _list_splits(args)
+    _resolve_defaults(args, encoder, train_files)
+    run = build_run(args, device, encoder, len(train_files.files), len(train_files.classes))
+    train_images = TrainingImages(train_files, build_train_transform(args), args.seed)
+    val_images = ValidationImages(val_files, build_val_transform(args.image_size))
+    mix = build_mix(args, len(train_files.classes))
+    start_step, messages = resume.init_or_resume(run)
+    distributed.check_same_on_all_ranks("--data-dir and --output-dir", (run.plan, start_step))
+
+    folder, plan, active = Path(args.output_dir), run.plan, distributed.is_main_process()
+    with RunLog(folder, plan.total_steps, start_step, plan.steps_per_epoch, active) as log:
+        log.info("\n".join([_describe(run, encoder, len(val_images)), *messages]))
+        if active:
+            resume.write_config(folder, run)
+        if start_step < plan.total_steps:
+            train(run, train_images, val_images, mix, log, start_step, encoder.provenance)
+        else:
+            evaluate_epoch(run, val_images, log, args.epochs, encoder.provenance)
+        log.finish()
+
+
+def _list_splits(args: argparse.Namespace) -> tuple[LabeledFiles, LabeledFiles]:
+    """Return the files of both splits, of which `--max-val-images` limits the second.
+
+    Raises:
+        UsageError: a split is missing or damaged, or their classes differ.
+    """
+    train_files = list_labeled_files(args.dataset, Path(args.data_dir), "train")
+    val_files = list_labeled_files(args.dataset, Path(args.data_dir), "val")
+    check_same_classes(train_files, val_files)
+    return train_files, val_files.limit(args.max_val_images)
+
+
+def _resolve_defaults(args: argparse.Namespace, encoder: EncoderWeights, files: LabeledFiles) -> None:
+    """Set the arguments that follow from the encoder and the data, and are saved with the others."""
+    kind = "vit" if is_vit(encoder.arch) else "resnet"
+    args.arch, args.pretrained = encoder.arch, encoder.provenance["source_sha256"][:12]
+    args.classes = identify_classes(files.classes)
+    args.layer_decay = LAYER_DECAY[kind] if args.layer_decay is None else args.layer_decay
+    args.drop_path = DROP_PATH[kind] if args.drop_path is None else args.drop_path
+
+
+def identify_classes(classes: Sequence[str]) -> str:
+    """Return the number of classes, and a checksum of their names."""
+    return f"{len(classes)}, names {hashlib.sha256(repr(list(classes)).encode()).hexdigest()[:8]}"
+
+
+def build_run(
+    args: argparse.Namespace, device: torch.device, encoder: EncoderWeights, num_images: int, num_classes: int
+) -> Classification:
+    """Build a run that starts from the weights of an encoder; the same on all ranks.
+
+    Raises:
+        UsageError: the arguments do not fit to each other, to the encoder or to the number of images.
+    """
+    plan = make_fine_tuning_plan(args, num_images)
+    torch.manual_seed(args.seed)
+    model = build_classifier(args.arch, num_classes, args.image_size, args.global_pool, args.drop_path)
+    load_encoder_weights(model, encoder.weights)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    optimizer = build_fine_tuning_optimizer(model, args.weight_decay, args.layer_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    return Classification(args, plan, device, model, optimizer, scaler, [])
+
+
+def make_fine_tuning_plan(args: argparse.Namespace, num_images: int) -> TrainingPlan:
+    """Derive batch, steps and learning rate from the arguments.
+
+    Raises:
+        UsageError: the batch does not divide over the processes, is odd, or larger than the dataset; or the warm-up
+            is as long as the training.
+    """
+    batch_size, ranks = args.batch_size, distributed.world_size()
+    if batch_size % ranks:
+        raise UsageError(f"--batch-size {batch_size}: not divisible by {ranks} processes; use a multiple")
+    if (args.mixup or args.cutmix) and batch_size // ranks % 2:
+        raise UsageError(f"--batch-size {batch_size}: mixup and cutmix need an even number of images per process")
+    if num_images < batch_size:
+        raise UsageError(
+            f"--batch-size {batch_size}: more than the {num_images} training images of --data-dir {args.data_dir}; "
+            "use a smaller batch"
+        )
+    if args.warmup_epoch is not None and args.warmup_epoch >= args.epochs:
+        raise UsageError(f"--warmup-epoch {args.warmup_epoch}: not less than --epochs {args.epochs}; use fewer")
+    steps_per_epoch = num_images // batch_size
+    warmup_epochs = min(5, args.epochs / 10) if args.warmup_epoch is None else args.warmup_epoch
+    return TrainingPlan(
+        num_images=num_images,
+        batch_size=batch_size,
+        accum_steps=1,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps_per_epoch * args.epochs,
+        warmup_steps=round(steps_per_epoch * warmup_epochs),
+        peak_lr=args.base_lr * batch_size / 256,
+        warmup_multiplier=math.inf,
+        lr_schedule="cosine",
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay,
+        teacher_momentum=1.0,  # there is no teacher
+    )
+
+
+def _describe(run: Classification, encoder: EncoderWeights, num_val_images: int) -> str:
+    """Summarize the run in a few lines."""
+    args, plan = run.args, run.plan
+    lines = {
+        "encoder": f"{args.arch} from {encoder.provenance['source']}, all {len(encoder.weights)} tensors loaded",
+        "images": f"{plan.num_images} for training, {num_val_images} for validation in {args.data_dir}",
+        "classes": args.classes.split(",")[0],
+        "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}",
+        "learning rate": f"{plan.peak_lr:g} = {args.base_lr:g} x {plan.batch_size} / 256, "
+        f"layer decay {args.layer_decay:g}",
+        "steps": f"{plan.total_steps} = {args.epochs} epochs x {plan.steps_per_epoch}, {plan.warmup_steps} of warm-up",
+    }
+    return "\n".join(f"{name:<16}  {value}" for name, value in lines.items())
+
+
+def evaluate_fine_tuned(args: argparse.Namespace) -> None:
+    """Measure the accuracy of a fine-tuned classifier, and write it to `results.json` in --output-dir.
+
+    Raises:
+        UsageError: the checkpoint is not of a fine-tuning, or has other classes than the data.
+    """
+    if args.resume or args.auto_resume:
+        raise UsageError("--eval-only trains nothing; omit --resume and --auto-resume")
+    resume.find_checkpoint(args)  # a run is not overwritten
+    device = choose_device(args)
+    distributed.initialize(device)
+    state = checkpoint.load(args.checkpoint, "checkpoint")
+    saved = checkpoint.checkpoint_args(state)
+    if not {"arch", "classes", "global_pool", "image_size"} <= saved.keys():
+        raise UsageError(
+            f"checkpoint {args.checkpoint}: not one that a fine-tuning saved; omit --eval-only to train it"
+        )
+    files = list_labeled_files(args.dataset, Path(args.data_dir), "val")
+    if identify_classes(files.classes) != saved["classes"]:
+        raise UsageError(
+            f"--data-dir {args.data_dir}: has the classes ({identify_classes(files.classes)}), and the checkpoint "
+            f"({saved['classes']}); use the data that it was trained on"
+        )
+    files = files.limit(args.max_val_images)
+    model = build_classifier(saved["arch"], len(files.classes), saved["image_size"], saved["global_pool"])
+    checkpoint.load_strict(model, state["model"], f"checkpoint {args.checkpoint}")
+    images = ValidationImages(files, build_val_transform(saved["image_size"]))
+    accuracy = evaluate(model.to(device), images, args, device)
+    if distributed.is_main_process():
+        results: dict[str, Any] = {"top1": accuracy.top1, "top5": accuracy.top5, "epoch": state["epoch"]}
+        results |= {"images": {"val": accuracy.num_images}, "unreadable": accuracy.unreadable, "recipe": saved}
+        write_results(Path(args.output_dir), results)
+        print(f"{accuracy}; written to {args.output_dir}/results.json")
+
+
+if __name__ == "__main__":
+    main()
