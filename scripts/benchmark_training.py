@@ -12,8 +12,11 @@ from torch.utils.benchmark import timer
 
 from data.loader import prefetch
 from main_pretrain import build_run, train_step
+from models import Method
+from models.gtsa import GTSA
 from scripts.benchmark_loader import EPOCH_BATCHES, data_loader, rendered_batch
 from scripts.benchmark_table import Row, quartiles
+from scripts.pairwise_gtsa import PairwiseGTSA
 from utils import distributed
 from utils.batch import Batch
 from utils.device import choose_device, loader_workers
@@ -23,6 +26,8 @@ from utils.meter import Meter
 
 BASELINE = {"compile": False, "cuda_graphs": False, "activation_budget": 1.0}
 """Arguments of the baseline of --reference, which also is in the layout NCHW."""
+BASELINE_METHODS: dict[type[Method], type[Method]] = {GTSA: PairwiseGTSA}
+"""The methods whose baseline also computes the same losses by loops."""
 
 
 class TimedRun:
@@ -73,6 +78,8 @@ def benchmark_step(args: argparse.Namespace, options: argparse.Namespace, name: 
     memory = runs[0].peak_memory(options.warm_up) if runs[0].device.type == "cuda" else {}
     if options.reference:
         runs.append(TimedRun(argparse.Namespace(**vars(args) | BASELINE), batch, torch.contiguous_format))
+        baseline_method = runs[1].training_run.method
+        baseline_method.__class__ = BASELINE_METHODS.get(type(baseline_method), type(baseline_method))
         runs[1].run_steps(options.warm_up)
     block = 1 if runs[0].device.type == "cpu" else 10
     # The runs alternate, so that a change of the machine's speed affects both.

@@ -14,6 +14,7 @@ from data.views import draw_views, intersection_area
 from main_pretrain import parse_args
 from models import build_method
 from models.gtsa import GTSA
+from scripts.pairwise_gtsa import PairwiseGTSA
 from tests.helpers import SmallEncoder
 from tests.reference import gtsa as reference
 from utils.batch import Batch
@@ -107,6 +108,20 @@ def test_correspondence_starts_after_its_epochs_and_terms_without_weight_are_lef
     without = small_gtsa("--correspondence-weight", "0", "--rotation-weight", "0")(batch)
     assert {name for name in without if name.startswith("loss/")} == {"loss/crop"}
     assert float(without["loss"].detach()) == float(without["loss/crop"])
+
+
+def test_loops_over_pairs_and_images_compute_the_same_losses_and_gradients() -> None:
+    """The baseline of the benchmark samples with torchvision's RoIAlign."""
+    batch = random_batch(4, apart=True)
+    method, looped = small_gtsa(), small_gtsa()
+    looped.__class__ = PairwiseGTSA
+    output, expected = method(batch), looped(batch)
+    assert expected.keys() | {"rotation/accuracy"} == output.keys()
+    torch.testing.assert_close({name: output[name] for name in expected}, expected, rtol=0, atol=1e-12)
+    output["loss"].backward()
+    expected["loss"].backward()
+    for (name, parameter), other in zip(method.named_parameters(), looped.parameters()):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
