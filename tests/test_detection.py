@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torchvision import models as torchvision_models
 
+from models.vit import ViTEncoder, build_vit
 from tests.checkpoint_data import CodeInPickle
 from tests.detection_data import HEIGHT, WIDTH, make_cityscapes, make_coco, make_custom_data
 from tests.helpers import run_expecting_usage_error
@@ -33,7 +34,7 @@ from transfer.detection import d2_config, d2_registration, d2_weights, train_net
 from transfer.detection.coco_json import CocoData
 from transfer.detection.d2_custom_dataset import read_custom_dataset
 from transfer.detection.d2_solver import SolverSettings, default_solver_settings
-from transfer.detection.d2_weights import BACKBONE, WeightsFile
+from transfer.detection.d2_weights import RESNET, VIT, WeightsFile
 from transfer.frameworks import data_root
 from transfer.results import write_json
 from utils.errors import UsageError
@@ -41,7 +42,9 @@ from utils.errors import UsageError
 TRAIN_NET = Path(train_net.__file__)
 CONFIGS = TRAIN_NET.parent / "configs"
 SLOTCON = str(CONFIGS / "COCO_R_50_FPN_1x_SlotCon.yaml")
+GTSA = str(CONFIGS / "COCO_ViT_S_FPN_1x_GTSA.yaml")
 CUSTOM = str(CONFIGS / "Custom_R_50_FPN.yaml")
+CUSTOM_VIT = str(CONFIGS / "Custom_ViT_S_FPN.yaml")
 SMALL_RUN = {
     "SEED": "1",
     "INPUT.MIN_SIZE_TRAIN": "(96,)",
@@ -89,6 +92,7 @@ SCHEDULES = {
     "COCO_R_50_FPN_2x_SlotFA": COCO_2X,
     "Cityscapes_R_50_FPN_SlotCon": CITYSCAPES,
     "Cityscapes_R_50_FPN_SlotFA": CITYSCAPES,
+    "COCO_ViT_S_FPN_1x_GTSA": COCO_1X | {"BASE_LR": 0.0001},
 }
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 RECIPE: dict[str, Any] = {
@@ -147,11 +151,26 @@ ON_CITYSCAPES = {
     "DATASETS.TRAIN": ("cityscapes_fine_instance_seg_train",),
     "DATASETS.TEST": ("cityscapes_fine_instance_seg_val",),
 }
+WITH_VIT = {
+    "MODEL.BACKBONE.NAME": "build_vit_fpn_backbone",
+    "MODEL.VIT.EMBED_DIM": 384,
+    "MODEL.VIT.DEPTH": 12,
+    "MODEL.VIT.PATCH_SIZE": 16,
+    "MODEL.VIT.DROP_PATH_RATE": 0.1,
+    "MODEL.VIT.OUT_BLOCKS": (4, 6, 8, 12),
+    "SOLVER.OPTIMIZER": "ADAMW",
+    "SOLVER.LAYER_DECAY": 0.75,
+    "SOLVER.WEIGHT_DECAY": 0.05,
+    "SOLVER.WEIGHT_DECAY_NORM": 0,
+    "SOLVER.WEIGHT_DECAY_BIAS": 0,
+}
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """Return the published value of each field that a config sets, by its dotted key."""
-    changes = SUPERVISED if name == "COCO_R_50_FPN_1x" else ON_CITYSCAPES if name.startswith("Cityscapes") else {}
+    """Return the value of each field that a config sets, by its dotted key."""
+    changes = {"COCO_R_50_FPN_1x": SUPERVISED, "COCO_ViT_S_FPN_1x_GTSA": WITH_VIT}.get(name, {})
+    if name.startswith("Cityscapes"):
+        changes = ON_CITYSCAPES
     return RECIPE | {f"SOLVER.{key}": value for key, value in SCHEDULES[name].items()} | changes
 
 
@@ -166,7 +185,7 @@ def test_config_has_the_published_recipe(name: str) -> None:
 
 def test_each_config_has_its_own_output_folder() -> None:
     files = [path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("Base")]
-    assert {path.stem for path in files} == {*SCHEDULES, "Custom_R_50_FPN"}
+    assert {path.stem for path in files} == {*SCHEDULES, "Custom_R_50_FPN", "Custom_ViT_S_FPN"}
     assert len({merge_config(path)["OUTPUT_DIR"] for path in files}) == len(files)
 
 
@@ -195,6 +214,23 @@ def test_unpaired_overrides_are_refused(options: list[str], message: str) -> Non
     args = train_net.parse_args(["--config-file", SLOTCON, *options])
     with pytest.raises(UsageError, match=message):
         d2_config.check_options(args)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layer_decay", "backbone", "message"),
+    [
+        ("ADAM", 1.0, "build_vit_fpn_backbone", "SOLVER.OPTIMIZER ADAM: must be SGD or ADAMW"),
+        ("ADAMW", 0.0, "build_vit_fpn_backbone", "SOLVER.LAYER_DECAY 0.0: must be above 0 and at most 1"),
+        ("SGD", 0.75, "build_vit_fpn_backbone", "SOLVER.LAYER_DECAY 0.75: is for ADAMW on a ViT; set it to 1.0"),
+        ("ADAMW", 0.75, "build_resnet_fpn_backbone", "SOLVER.LAYER_DECAY 0.75: is for ADAMW on a ViT; set it to 1.0"),
+    ],
+)
+def test_unsuitable_optimizers_are_refused(optimizer: str, layer_decay: float, backbone: str, message: str) -> None:
+    solver = SimpleNamespace(OPTIMIZER=optimizer, LAYER_DECAY=layer_decay)
+    model = SimpleNamespace(BACKBONE=SimpleNamespace(NAME=backbone))
+    with pytest.raises(UsageError) as error:
+        d2_config.check_optimizer(SimpleNamespace(SOLVER=solver, MODEL=model))
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -310,6 +346,7 @@ def test_solver_settings_follow_from_batch_size_length_and_processes() -> None:
     )
     assert default_solver_settings(100, max_iter=1).steps == ()
     assert default_solver_settings(100, processes=3).ims_per_batch == 15
+    assert default_solver_settings(100, ims_per_batch=8, optimizer="ADAMW").base_lr == 0.00005
     many = default_solver_settings(100, processes=32)
     assert (many.ims_per_batch, many.base_lr, many.max_iter) == (32, 0.04, math.ceil(default.max_iter / 2))
 
@@ -358,7 +395,7 @@ def convert(network: torchvision_models.ResNet, arch: str = "resnet50") -> dict[
 
 def model_of(state: dict[str, Any]) -> dict[str, Tensor]:
     """Return the state of a detector whose backbone has the converted tensors."""
-    backbone = {BACKBONE + name: torch.from_numpy(value.copy()) for name, value in state["model"].items()}
+    backbone = {RESNET + name: torch.from_numpy(value.copy()) for name, value in state["model"].items()}
     return backbone | {"backbone.fpn_output2.weight": torch.zeros(4), "roi_heads.box_head.fc1.weight": torch.zeros(2)}
 
 
@@ -372,11 +409,11 @@ def test_all_backbone_tensors_come_from_the_file(resnet18: torchvision_models.Re
     path.write_bytes(pickle.dumps(state))
     file, model = WeightsFile("MODEL.WEIGHTS", path, full_model=False), model_of(state)
     expected = d2_weights.check_weights(file, model)
-    assert set(expected) == {name for name in model if name.startswith(BACKBONE)}
+    assert set(expected) == {name for name in model if name.startswith(RESNET)}
     assert d2_weights.check_loaded(file, model) == f"120 of 120 backbone tensors from {path}"
     for name in ("stem.conv1.norm.running_var", "res5.1.conv2.norm.num_batches_tracked"):
-        changed = model | {BACKBONE + name: model[BACKBONE + name] + 1}
-        with pytest.raises(UsageError, match=f"detectron2 did not load {BACKBONE}{name}"):
+        changed = model | {RESNET + name: model[RESNET + name] + 1}
+        with pytest.raises(UsageError, match=f"detectron2 did not load {RESNET}{name}"):
             d2_weights.check_loaded(file, changed)
     with pytest.raises(UsageError, match=r"backbone.fpn_output2.weight is missing; give a detector of this config"):
         d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=True), model_of(state))
@@ -407,7 +444,7 @@ UNSUITABLE: dict[str, tuple[Callable[[torchvision_models.ResNet, Path], Any], st
     ),
     "other_architecture": (
         lambda *_: convert(torchvision_models.resnet34(), "resnet34"),
-        "holds a ResNet-34, and the config is for a ResNet-18; give weights of a ResNet-18",
+        "holds a ResNet-34, and the config is for a ResNet-18; use weights and config of one network",
     ),
     "other_tensor": (
         lambda network, _: replace(convert(network, "resnet18"), "res2.0.gate.weight", np.zeros(1, np.float32)),
@@ -415,7 +452,10 @@ UNSUITABLE: dict[str, tuple[Callable[[torchvision_models.ResNet, Path], Any], st
     ),
     "code": (lambda network, path: convert(network, "resnet18") | {"note": CodeInPickle(path / "executed")}, "refused"),
     "no_weights": (lambda *_: {"model": 3}, "no weights"),
-    "other_content": (lambda *_: {"model": {"number": 2.0}}, "no ResNet in it; make a file with python transfer/"),
+    "other_content": (
+        lambda *_: {"model": {"number": 2.0}},
+        "no ResNet or ViT in it; make a file with python transfer/",
+    ),
 }
 
 
@@ -466,11 +506,132 @@ def test_weights_of_another_network_are_refused_also_before_their_conversion(
     resnet18: torchvision_models.ResNet, tmp_path: Path
 ) -> None:
     model, path = model_of(convert(resnet18, "resnet18")), tmp_path / "encoder.pth"
-    vit = {"patch_embed.proj.weight": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}
-    for state, network in ((torchvision_models.resnet50().state_dict(), "ResNet-50"), (vit, "ViT")):
+    patches = torch.zeros(8, 3, 16, 16)
+    vits = (
+        {"patch_embed.proj.weight": patches, "blocks.0.norm1.bias": patches[0], "blocks.1.norm1.bias": patches[0]},
+        {"backbone.patch_embed.projection.weight": patches}
+        | {f"backbone.layers.{i}.ln1.bias": patches for i in (0, 1)},
+    )
+    networks = [(torchvision_models.resnet50().state_dict(), "ResNet-50")]
+    networks += [(vit, r"ViT \(2 blocks, 8 channels, patch size 16\)") for vit in vits]
+    for state, network in networks:
         torch.save(state, path)
         with pytest.raises(UsageError, match=f"holds a {network}, and the config is for a ResNet-18"):
             d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
+
+
+# Weights of ViTs without detectron2: a ViT-Ti in place of the config's ViT-S
+
+
+def convert_vit(encoder: ViTEncoder) -> dict[str, Any]:
+    """Return what convert_pretrain_to_d2.py writes for a ViT."""
+    weights = {name: value for name, value in encoder.state_dict().items() if name not in NOT_IN_DETECTRON2}
+    arrays = {VIT + name: value.numpy() for name, value in weights.items()}
+    return {"model": arrays, "__author__": "tests", "provenance": {"format": "detectron2", "source": "in.pth"}}
+
+
+NOT_IN_DETECTRON2 = ("cls_token", "norm.weight", "norm.bias")
+
+
+@pytest.fixture(scope="module")
+def vit() -> ViTEncoder:
+    """A random ViT-Ti with 12 blocks, whose norms and biases are not the initial ones."""
+    torch.manual_seed(0)
+    encoder = build_vit("vit_tiny_patch16_224").eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def vit_file(vit: ViTEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vit") / "vit.pkl"
+    path.write_bytes(pickle.dumps(convert_vit(vit)))
+    return path
+
+
+def vit_detector(vit: ViTEncoder) -> dict[str, Tensor]:
+    """Return the state of a detector whose backbone has the converted tensors."""
+    backbone = {name: torch.from_numpy(value.copy()) for name, value in convert_vit(vit)["model"].items()}
+    return backbone | {"backbone.fpn.fpn_output2.weight": torch.zeros(4), "proposal_generator.bias": torch.zeros(2)}
+
+
+def test_all_tensors_of_a_vit_come_from_the_file(vit: ViTEncoder, vit_file: Path) -> None:
+    file, model = WeightsFile("MODEL.WEIGHTS", vit_file, full_model=False), vit_detector(vit)
+    assert set(d2_weights.check_weights(file, model)) == {name for name in model if name.startswith(VIT)}
+    assert d2_weights.check_loaded(file, model) == f"147 of 147 backbone tensors from {vit_file}"
+    for name in ("pos_embed", "blocks.11.mlp.fc2.bias"):
+        with pytest.raises(UsageError, match=f"detectron2 did not load {VIT}{name}"):
+            d2_weights.check_loaded(file, model | {VIT + name: model[VIT + name] + 1})
+
+
+TINY = "a ViT (12 blocks, 192 channels, patch size 16)"
+UNSUITABLE_VITS: dict[str, tuple[Callable[[ViTEncoder], Any], str]] = {
+    "missing": (
+        lambda vit: replace(convert_vit(vit), VIT + "blocks.3.attn.qkv.bias", None),
+        "backbone.net.blocks.3.attn.qkv.bias is missing; the file is incomplete; make it again with python transfer/",
+    ),
+    "nan": (
+        lambda vit: replace(convert_vit(vit), VIT + "blocks.0.norm1.bias", np.full(192, np.nan, np.float32)),
+        "backbone.net.blocks.0.norm1.bias is not finite",
+    ),
+    "other_image_size": (
+        lambda vit: replace(convert_vit(vit), VIT + "pos_embed", np.zeros((1, 577, 192), np.float32)),
+        "pos_embed has shape (1, 577, 192) and the config's model (1, 197, 192); the file holds another network",
+    ),
+    "class_token": (
+        lambda vit: replace(convert_vit(vit), VIT + "cls_token", np.zeros((1, 1, 192), np.float32)),
+        "backbone.net.cls_token does not exist in the config's model",
+    ),
+    "other_width": (
+        lambda _: convert_vit(build_vit("vit_small_patch16_224")),
+        f"holds a ViT (12 blocks, 384 channels, patch size 16), and the config is for {TINY}; use weights and config",
+    ),
+    "other_patch_size": (
+        lambda _: convert_vit(build_vit("vit_tiny_patch32_224")),
+        f"holds a ViT (12 blocks, 192 channels, patch size 32), and the config is for {TINY}; use weights and config",
+    ),
+    "resnet": (
+        lambda _: convert(torchvision_models.resnet18(), "resnet18"),
+        f"holds a ResNet-18, and the config is for {TINY}",
+    ),
+    "scalar": (
+        lambda vit: replace(convert_vit(vit), VIT + "patch_embed.proj.weight", np.zeros((), np.float32)),
+        "no ResNet or ViT in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUITABLE_VITS)
+def test_unsuitable_weights_of_a_vit_are_refused(name: str, vit: ViTEncoder, tmp_path: Path) -> None:
+    make, message = UNSUITABLE_VITS[name]
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(make(vit)))
+    with pytest.raises(UsageError) as error:
+        d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), vit_detector(vit))
+    assert str(error.value).startswith(f"MODEL.WEIGHTS {path}: ")
+    assert message in str(error.value)
+
+
+def test_vit_file_is_refused_for_a_resnet(vit_file: Path, resnet18: torchvision_models.ResNet, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"holds a ViT \(12 blocks, .*, and the config is for a ResNet-18; use weights"
+    ):
+        d2_weights.check_weights(
+            WeightsFile("MODEL.WEIGHTS", vit_file, full_model=False), model_of(convert(resnet18, "resnet18"))
+        )
+
+
+def test_unconverted_vits_are_refused_with_the_command_that_converts_them(vit: ViTEncoder, tmp_path: Path) -> None:
+    state = vit.state_dict()
+    pretraining = {f"{name}.{key}": value for name in ("encoder_q", "encoder_k") for key, value in state.items()}
+    torch.save({"model": pretraining, "epoch": 3}, tmp_path / "current.pth")
+    safetensors.torch.save_file(state, tmp_path / "encoder.safetensors")
+    for path in tmp_path.iterdir():
+        advice = f"not converted; python .*convert_pretrain_to_d2.py {path} {path.stem}.pkl, then MODEL.WEIGHTS"
+        with pytest.raises(UsageError, match=advice):
+            d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), vit_detector(vit))
 
 
 def test_training_may_start_from_the_backbone_of_a_detector(
@@ -480,7 +641,7 @@ def test_training_may_start_from_the_backbone_of_a_detector(
     other_classes = {"roi_heads.box_predictor.cls_score.weight": torch.zeros(3, 4)}
     torch.save({"model": model | other_classes}, path)
     expected = d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
-    assert set(expected) == {name for name in model if name.startswith(BACKBONE)}
+    assert set(expected) == {name for name in model if name.startswith(RESNET)}
 
 
 def test_resumed_run_loads_the_last_checkpoint(tmp_path: Path) -> None:
@@ -580,7 +741,8 @@ def test_detectron2_builds_the_published_recipe(name: str, trainer: ModuleType) 
     cfg, _ = load_config("--num-gpus", "0", "--config-file", str(CONFIGS / f"{name}.yaml"))
     for key, expected in (DEFAULTS | recipe_of(name)).items():
         assert functools.reduce(getattr, key.split("."), cfg) == expected, key
-    assert sum(key.startswith(BACKBONE) for key in d2_config.model_state(cfg)) == 318
+    tensors = {prefix: sum(key.startswith(prefix) for key in d2_config.model_state(cfg)) for prefix in (RESNET, VIT)}
+    assert tensors == ({RESNET: 0, VIT: 147} if "ViT" in name else {RESNET: 318, VIT: 0})
 
 
 def test_training_ends_with_results(trained: Path) -> None:
@@ -641,12 +803,12 @@ def test_cityscapes_trains_and_evaluates(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def build_and_load(weights: Path, config: str = SLOTCON) -> tuple[WeightsFile, torch.nn.Module]:
+def build_and_load(weights: Path, config: str = SLOTCON, *options: str) -> tuple[WeightsFile, torch.nn.Module]:
     """Return the weights file and the model into which detectron2 has loaded it."""
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
-    cfg, _ = load_config("--num-gpus", "0", "--config-file", config, "MODEL.WEIGHTS", str(weights))
+    cfg, _ = load_config("--num-gpus", "0", "--config-file", config, "MODEL.WEIGHTS", str(weights), *options)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(str(weights))
     return d2_weights.find_weights(cfg, resume=False, eval_only=False), model.eval()
@@ -718,6 +880,16 @@ def test_auto_scale_keeps_the_batch_per_gpu(trainer: ModuleType, monkeypatch: py
         (["DATASETS.TEST", "('coco_2018_val',)"], "coco_2018_val"),
         (["DATASETS.TEST", "('coco_2014_minival',)"], "instances_minival2014.json does not exist"),
         (["MODEL.WEIGHTS", "missing.pkl"], "missing.pkl: no such file"),
+        (
+            ["--config-file", GTSA, "MODEL.VIT.PATCH_SIZE", "14"],
+            "MODEL.VIT.PATCH_SIZE 14: does not divide the stride 32",
+        ),
+        (["--config-file", GTSA, "MODEL.VIT.EMBED_DIM", "100"], "MODEL.VIT.EMBED_DIM 100: not a multiple of 64"),
+        (
+            ["--config-file", GTSA, "MODEL.VIT.DEPTH", "10"],
+            "MODEL.VIT.OUT_BLOCKS (4, 6, 8, 12): not four growing numbers",
+        ),
+        (["--config-file", GTSA, "SOLVER.OPTIMIZER", "SGD"], "SOLVER.LAYER_DECAY 0.75: is for ADAMW on a ViT"),
         (["--config-file", CUSTOM], "custom_train needs --train-json, --train-images, --val-json, --val-images"),
     ],
 )
@@ -733,6 +905,86 @@ def test_usage_error_is_one_line_and_writes_nothing(
     argv = ["--config-file", SLOTCON, "--num-gpus", "0", *options]
     assert message in run_expecting_usage_error(train_net.main, argv, capsys)
     assert not (tmp_path / "output").exists()
+
+
+# With detectron2, ViTs
+
+TINY_VIT = ("MODEL.VIT.EMBED_DIM", "192")
+
+
+def block_outputs(encoder: ViTEncoder, images: Tensor) -> list[Tensor]:
+    """Return the outputs of all blocks as maps, computed without the class token."""
+    patches = encoder.patch_embed(images)
+    tokens = encoder._pos_embed(patches)[:, 1:]
+    outputs = []
+    for block in encoder.blocks:
+        tokens = block(tokens)
+        outputs.append(tokens.transpose(1, 2).unflatten(2, patches.shape[1:3]))
+    return outputs
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 160)])
+def test_detectron2_computes_the_features_of_a_vit_without_its_class_token(
+    size: tuple[int, int], trainer: ModuleType, vit: ViTEncoder, vit_file: Path
+) -> None:
+    file, model = build_and_load(vit_file, GTSA, *TINY_VIT)
+    image = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        features, expected = model.backbone.net(image), block_outputs(vit, image)
+    assert list(features) == ["block4", "block6", "block8", "block12"]
+    for name, feature in features.items():
+        reference = expected[int(name.removeprefix("block")) - 1]
+        assert (feature - reference).abs().max() < 1e-5 * reference.abs().max()
+    assert d2_weights.check_loaded(file, model.state_dict()) == f"147 of 147 backbone tensors from {vit_file}"
+
+
+@pytest.mark.parametrize("patch_size", [8, 16, 32])
+def test_pyramid_of_a_vit_has_the_strides_of_a_resnet(patch_size: int, trainer: ModuleType) -> None:
+    from detectron2.modeling import build_backbone
+
+    options = {"EMBED_DIM": 64, "DEPTH": 5, "OUT_BLOCKS": (1, 2, 4, 5), "PATCH_SIZE": patch_size}
+    words = [word for key, value in options.items() for word in (f"MODEL.VIT.{key}", str(value))]
+    cfg, _ = load_config("--num-gpus", "0", "--config-file", GTSA, *words)
+    backbone = build_backbone(cfg)
+    assert backbone.size_divisibility == 32
+    assert {name: shape.stride for name, shape in backbone.output_shape().items()} == STRIDES
+    levels = backbone(torch.randn(2, 3, 64, 96))
+    assert {name: tuple(level.shape) for name, level in levels.items()} == {
+        name: (2, 256, 64 // stride, math.ceil(96 / stride)) for name, stride in STRIDES.items()
+    }
+
+
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+
+
+def test_adamw_decays_learning_rates_by_layer_and_no_norms_or_biases(trainer: ModuleType) -> None:
+    from detectron2.modeling import build_model
+
+    cfg, _ = load_config("--num-gpus", "0", "--config-file", GTSA, *TINY_VIT)
+    model = build_model(cfg)
+    optimizer = trainer.Trainer.build_optimizer(cfg, model)
+    assert type(optimizer) is torch.optim.AdamW
+    settings = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    assert settings.keys() == set(parameters.values())
+    for name, parameter in parameters.items():
+        layer = 13  # everything above the ViT
+        if name.startswith(VIT):
+            layer = int(name.split(".")[3]) + 1 if ".blocks." in name else 0
+        group = settings[parameter]
+        assert group["lr"] == pytest.approx(1e-4 * 0.75 ** (13 - layer)), name
+        assert group["weight_decay"] == (0 if parameter.ndim == 1 or name.endswith("pos_embed") else 0.05), name
+    resnet, _ = load_config("--num-gpus", "0", "MODEL.RESNETS.NORM", "BN")
+    assert type(trainer.Trainer.build_optimizer(resnet, torch.nn.Linear(2, 2))) is torch.optim.SGD
+
+
+def test_import_of_the_trainer_registers_the_vit_as_processes_of_several_gpus_need(datasets: Path) -> None:
+    code = (
+        "from detectron2.modeling import BACKBONE_REGISTRY; from transfer.detection import d2_trainer; "
+        "print('build_vit_fpn_backbone' in BACKBONE_REGISTRY)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=TRAIN_NET.parents[2], capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr
 
 
 # With detectron2, on custom datasets
@@ -759,11 +1011,11 @@ def custom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def custom_command(folder: Path, *flags: str, **overrides: Any) -> list[str]:
+def custom_command(folder: Path, *flags: str, config: str = CUSTOM, **overrides: Any) -> list[str]:
     """Return the arguments of a small run on the data of `make_custom_data`."""
     paths = [f"--train-json={folder}/train.json", f"--train-images={folder}/train"]
     paths += [f"--val-json={folder}/val.json", f"--val-images={folder}/val"]
-    return command(*paths, *flags, config=CUSTOM, **SMALL_MODEL, **overrides)
+    return command(*paths, *flags, config=config, **SMALL_MODEL, **overrides)
 
 
 def train_on_custom_data(
@@ -805,6 +1057,20 @@ def test_training_on_a_custom_dataset_ends_with_box_and_mask_ap(trained_on_custo
     )
     assert "120 of 120 backbone tensors" in log
     assert math.isfinite(json.loads((trained_on_custom_data / "metrics.json").read_text().splitlines()[0])["loss_mask"])
+
+
+def test_vit_trains_on_a_custom_dataset_and_evaluates(
+    vit_file: Path, trainer: ModuleType, custom_data: Path, tmp_path: Path
+) -> None:
+    options = {"MODEL__VIT__EMBED_DIM": 192, "SOLVER__BASE_LR": 0.1, "MODEL__WEIGHTS": vit_file}
+    train_net.main(custom_command(custom_data, config=CUSTOM_VIT, OUTPUT_DIR=tmp_path / "run", **options))
+    assert set(read_results(tmp_path / "run")) == {"bbox", "segm"}
+    assert "147 of 147 backbone tensors from" in (tmp_path / "run/log.txt").read_text()
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text().splitlines()[0])
+    assert math.isfinite(metrics["total_loss"])
+    before = pickle.loads(vit_file.read_bytes())["model"]
+    after = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["model"]
+    assert all(not torch.equal(after[name], torch.from_numpy(before[name])) for name in before)
 
 
 def test_first_images_are_evaluated_as_if_they_were_all(
@@ -861,6 +1127,8 @@ def test_settings_follow_from_a_custom_dataset_unless_overridden(trainer: Module
     assert (solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == ((60, 80), 5, 18)
     assert (cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER) == (18, 1)
     assert "iterations 90, learning rate 0.0075 divided by 10 after 60 and 80, warm-up 5; evaluation" in notes[-1]
+    vit_args = train_net.parse_args([*custom_command(custom_data, config=CUSTOM_VIT)[:8]])
+    assert d2_config.load_config(vit_args, read_custom_dataset(vit_args))[0].SOLVER.BASE_LR == 0.0001 * 6 / 16
     args.opts = ["SOLVER.MAX_ITER", "1"]
     _, notes = d2_config.load_config(args, read_custom_dataset(args))
     assert "iterations 1, learning rate 0.0075, warm-up 0; evaluation every 1" in notes[-1]

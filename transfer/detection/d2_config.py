@@ -14,6 +14,7 @@ from torch import Tensor
 from transfer.detection import d2_custom_config
 from transfer.detection.d2_custom_dataset import FLAGS, CustomDataset
 from transfer.detection.d2_registration import DATASET_NAMES
+from transfer.detection.d2_solver import BASE_LR
 from transfer.frameworks import CONFIG_GPUS, data_root
 from utils.errors import UsageError
 from utils.files import check_writable
@@ -33,13 +34,17 @@ def load_config(args: argparse.Namespace, dataset: CustomDataset | None = None) 
     import yaml
     from detectron2.config import get_cfg
 
+    from transfer.detection.d2_vit import add_vit_config
+
     cfg, where = get_cfg(), f"--config-file {args.config_file}"
+    add_vit_config(cfg)
     try:
         cfg.merge_from_file(args.config_file)
         where = "KEY VALUE"
         cfg.merge_from_list(args.opts)
     except (yaml.YAMLError, KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
+    check_optimizer(cfg)
     processes, notes = configure_device(cfg, args)
     if dataset:
         notes += d2_custom_config.configure(cfg, dataset, args, processes)
@@ -53,6 +58,21 @@ def load_config(args: argparse.Namespace, dataset: CustomDataset | None = None) 
         notes.append(f"--max-val-images: evaluation on the first {args.max_val_images} images only")
     cfg.freeze()
     return cfg, notes
+
+
+def check_optimizer(cfg: Any) -> None:
+    """Check the optimizer of a config.
+
+    Raises:
+        UsageError: it is unknown, or a layer decay is given that it or the backbone does not have.
+    """
+    optimizer, layer_decay = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LAYER_DECAY
+    if optimizer not in BASE_LR:
+        raise UsageError(f"SOLVER.OPTIMIZER {optimizer}: must be {' or '.join(BASE_LR)}")
+    if not 0 < layer_decay <= 1:
+        raise UsageError(f"SOLVER.LAYER_DECAY {layer_decay}: must be above 0 and at most 1")
+    if layer_decay < 1 and (optimizer, cfg.MODEL.BACKBONE.NAME) != ("ADAMW", "build_vit_fpn_backbone"):
+        raise UsageError(f"SOLVER.LAYER_DECAY {layer_decay}: is for ADAMW on a ViT; set it to 1.0")
 
 
 def check_options(args: argparse.Namespace) -> None:

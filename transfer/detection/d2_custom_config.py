@@ -43,7 +43,11 @@ def _training_settings(cfg: Any, train: CocoData, overridden: set[str], processe
         if value < 1:
             raise UsageError(f"SOLVER.{name} {value}: must be at least 1")
     solver = default_solver_settings(
-        train.num_training_images, processes, given.get("IMS_PER_BATCH"), given.get("MAX_ITER")
+        train.num_training_images,
+        processes,
+        given.get("IMS_PER_BATCH"),
+        given.get("MAX_ITER"),
+        cfg.SOLVER.OPTIMIZER,
     )
     return {
         "MODEL.MASK_ON": train.has_masks,

@@ -21,9 +21,18 @@ from detectron2.engine import DefaultTrainer, default_setup, launch
 from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from transfer.detection import d2_config, d2_custom_dataset, d2_registration, d2_weights
+from transfer.detection import (
+    d2_adamw,
+    d2_config,
+    d2_custom_dataset,
+    d2_registration,
+    d2_vit,  # noqa: F401  the import registers its backbone in every process
+    d2_weights,
+)
 from transfer.results import write_json
 
 _CITYSCAPES_PACKAGE = "deeplearning.projects.cityscapesApi.cityscapesscripts"
@@ -49,10 +58,16 @@ class FirstImagesEvaluator(COCOEvaluator):
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's default trainer with the evaluators of COCO and Cityscapes."""
+    """detectron2's default trainer with AdamW, and with the evaluators of COCO and Cityscapes."""
 
     max_val_images: int | None = None
     """The number of images of each dataset to evaluate, set in every process; None for all."""
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        if cfg.SOLVER.OPTIMIZER == "ADAMW":
+            return d2_adamw.build_adamw(cfg, model)
+        return super().build_optimizer(cfg, model)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:

@@ -5,7 +5,7 @@ detectron2 itself unpickles any file, and only prints a warning about tensors th
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
 
-BACKBONE = "backbone.bottom_up."
-"""Prefix of the ResNet's tensors in a model with an FPN."""
+RESNET, VIT = "backbone.bottom_up.", "backbone.net."
+"""Prefixes of the tensors of a ResNet and of a ViT in a model with an FPN."""
+
+_BACKBONES = (RESNET, VIT)
 
 _CONVERT_COMMAND = "python transfer/detection/convert_pretrain_to_d2.py"
 _BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -96,9 +98,7 @@ def read_weights(file: WeightsFile) -> FileContents:
         weights = _rename_caffe2(weights)
     if caffe2 or state.get("matching_heuristics"):
         backbone_prefixes = ("stem.", "res")
-        weights = {
-            f"{BACKBONE}{name}" if name.startswith(backbone_prefixes) else name: weights[name] for name in weights
-        }
+        weights = {f"{RESNET}{name}" if name.startswith(backbone_prefixes) else name: weights[name] for name in weights}
     return FileContents(weights, caffe2)
 
 
@@ -142,8 +142,10 @@ def check_weights(file: WeightsFile, model: Mapping[str, Tensor]) -> dict[str, T
     """
     contents, where = read_weights(file), f"{file.flag} {file.path}"
     required = [name for name in model if _is_required(name, file, contents)]
-    if not any(name.startswith(BACKBONE) for name in required):
-        raise UsageError("--config-file: its model has no ResNet with an FPN; use one of transfer/detection/configs")
+    if not any(name.startswith(_BACKBONES) for name in required):
+        raise UsageError(
+            "--config-file: its model has no ResNet or ViT with an FPN; use one of transfer/detection/configs"
+        )
     incomplete = other = "give a detector of this config, such as its run's model_final.pth"
     if not file.full_model:
         network = _check_network(file, contents, model)
@@ -158,7 +160,7 @@ def check_weights(file: WeightsFile, model: Mapping[str, Tensor]) -> dict[str, T
         if not contents.tensors[name].isfinite().all():
             raise UsageError(f"{where}: {name} is not finite; use an earlier checkpoint")
     for name in sorted(contents.tensors.keys() - model.keys()):
-        if name.startswith(BACKBONE) and ".fc." not in name:
+        if name.startswith(_BACKBONES) and ".fc." not in name:
             raise UsageError(f"{where}: {name} does not exist in the config's model; {other}")
     return {name: contents.tensors[name] for name in required}
 
@@ -170,15 +172,15 @@ def _check_network(file: WeightsFile, contents: FileContents, model: Mapping[str
         UsageError: the file holds another network, or it is not converted, or it cannot be converted.
     """
     where = f"{file.flag} {file.path}"
-    required = _describe_network(name for name in model if name.startswith(BACKBONE))
+    required = _describe_network({name: value for name, value in model.items() if name.startswith(_BACKBONES)})
     network = _describe_network(contents.tensors)
     if not network:
-        raise UsageError(f"{where}: no ResNet in it; make a file with {_CONVERT_COMMAND} CHECKPOINT OUT.pkl")
+        raise UsageError(f"{where}: no ResNet or ViT in it; make a file with {_CONVERT_COMMAND} CHECKPOINT OUT.pkl")
     if network != required:
         raise UsageError(
-            f"{where}: holds a {network}, and the config is for a {required}; give weights of a {required}"
+            f"{where}: holds a {network}, and the config is for a {required}; use weights and config of one network"
         )
-    if any(re.search(r"\blayer1\.0\.", name) for name in contents.tensors):
+    if not any(name.startswith(_BACKBONES) for name in contents.tensors):
         try:
             read_encoder(file.path)
         except UsageError as error:
@@ -190,11 +192,18 @@ def _check_network(file: WeightsFile, contents: FileContents, model: Mapping[str
     return required
 
 
-def _describe_network(names: Iterable[str]) -> str:
-    """Return `ViT` or, for example, `ResNet-50` by the names of a network's tensors; empty for any other network."""
-    text = " ".join(names)
-    if "patch_embed.proj." in text:
-        return "ViT"
+def _describe_network(tensors: Mapping[str, Tensor]) -> str:
+    """Return the kind and size of a ResNet or a ViT by its tensors, for example `ResNet-50`; empty for another network.
+
+    The names may have any prefix, and the names of a ViT may be timm's or mmsegmentation's.
+    """
+    for name, value in tensors.items():
+        patches = re.fullmatch(r"(.*\.)?patch_embed\.proj(?:ection)?\.weight", name)
+        if patches and value.ndim == 4:
+            block = re.compile(rf"{re.escape(patches[1] or '')}(?:blocks|layers)\.\d+\.")
+            depth = len({match[0] for match in map(block.match, tensors) if match})
+            return f"ViT ({depth} blocks, {value.shape[0]} channels, patch size {value.shape[-1]})"
+    text = " ".join(tensors)
     blocks = set(re.findall(r"\b(?:layer|res)[1-5]\.\d+\.", text))
     convolutions = 3 if re.search(r"\b(?:layer|res)[1-5]\.\d+\.conv3\.", text) else 2
     return f"ResNet-{2 + convolutions * len(blocks)}" if blocks else ""
@@ -204,7 +213,7 @@ def _is_required(name: str, file: WeightsFile, contents: FileContents) -> bool:
     """Return whether the model's tensor `name` has to come from the file."""
     if file.full_model:  # not all of detectron2's own files have this counter, and nothing depends on it
         return name in contents.tensors or not name.endswith("num_batches_tracked")
-    return name.startswith(BACKBONE) and not (contents.caffe2 and name.endswith(_BATCH_STATISTICS))
+    return name.startswith(_BACKBONES) and not (contents.caffe2 and name.endswith(_BATCH_STATISTICS))
 
 
 def check_loaded(file: WeightsFile, model: Mapping[str, Tensor]) -> str:
@@ -218,5 +227,5 @@ def check_loaded(file: WeightsFile, model: Mapping[str, Tensor]) -> str:
         if not torch.equal(model[name].cpu(), value.to(model[name].dtype)):
             raise UsageError(f"{file.flag} {file.path}: detectron2 did not load {name}")
     kind = "" if file.full_model else "backbone "
-    total = sum(file.full_model or name.startswith(BACKBONE) for name in model)
+    total = sum(file.full_model or name.startswith(_BACKBONES) for name in model)
     return f"{len(expected)} of {total} {kind}tensors from {file.path}"
