@@ -1,6 +1,7 @@
 """GTSA: losses, heads and views against the float64 references."""
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -8,9 +9,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from data.views import draw_views, intersection_area
+from data.datasets import Sample
+from data.loader import collate
+from data.views import draw_views, intersection_area, make_views
 from main_pretrain import parse_args
 from models import build_method
 from models.gtsa import GTSA
@@ -122,6 +127,38 @@ def test_loops_over_pairs_and_images_compute_the_same_losses_and_gradients() -> 
     expected["loss"].backward()
     for (name, parameter), other in zip(method.named_parameters(), looped.parameters()):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=1e-11, msg=name)
+
+
+def test_aligned_cells_of_all_views_show_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of an image are its coordinates; the cells that the crop loss compares agree within a patch."""
+    method, patch_size, size = small_gtsa(), 8, (256, 240)
+    ramp = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    ramp[:, :, 0], ramp[:, :, 1] = np.arange(size[0]), np.arange(size[1])[:, None]
+    recipes = [replace(recipe, size=2 * recipe.size) for recipe in method.view_recipes(parse_args(FLAGS))]
+    batch = collate([Sample(**vars(make_views(Image.fromarray(ramp), recipes, 0, 0, n))) for n in range(60)])
+    maps = [F.avg_pool2d(view.double(), patch_size)[:, :2] for view in batch.views]
+    cells: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        cells.append((student, teacher, valid))
+        return torch.zeros(student.shape[0], student.shape[2])
+
+    monkeypatch.setattr("models.gtsa.aligned_cosine", record)
+    method.crop_loss(batch, [torch.cat(maps[:2]), torch.cat(maps[2:])], torch.cat(maps[:2]))
+    extent = (batch.crops[..., 2:] - batch.crops[..., :2]).double()
+    patches = extent / torch.tensor([view.shape[3] // patch_size for view in batch.views])[:, None]
+    for views, (student, teacher, valid) in zip(([0, 1], [2, 3, 4]), cells):
+        assert valid.all()
+        assert student.shape[3:] == teacher.shape[3:] == (2, *((10, 10) if views[0] == 0 else (4, 4)))
+        angles = set()
+        for (g, view), t in itertools.product(enumerate(views), range(2)):
+            if view == t:
+                continue
+            # One patch of the coarser view, in pixels of the image.
+            patch = torch.maximum(patches[:, view].amax(dim=1), patches[:, t].amax(dim=1))[:, None, None, None]
+            assert ((student[g, :, t] - teacher[g, :, t]).abs() <= patch).all(), (view, t)
+            angles |= set(zip(batch.rotations[:, view].tolist(), batch.rotations[:, t].tolist()))
+        assert len(angles) == 16
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
