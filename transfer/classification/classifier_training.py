@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from data.loader import EpochSampler
 from transfer.classification.accuracy import Accuracy, evaluate
 from transfer.classification.augmentation import Mix
+from transfer.classification.fine_tuning_run import Classification
 from transfer.classification.labeled_images import (
     TrainingImages,
     ValidationImages,
@@ -25,10 +26,7 @@ from utils.errors import UsageError
 from utils.finite import FiniteGuard
 from utils.meter import Meter
 from utils.optimizers import clip_gradients, skip_if
-from utils.run import Run
 from utils.run_log import RunLog
-
-Classification = Run[nn.Module]
 
 
 def train(

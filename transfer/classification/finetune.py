@@ -1,8 +1,6 @@
 """Fine-tune a pre-trained encoder on labeled images, and measure its top-1 and top-5 accuracy."""
 
 import argparse
-import hashlib
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -12,11 +10,8 @@ from typing import Any
 # Before torch is imported: OpenMP threads that wait by spinning slow down every other process on their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.backbones import is_vit
 from transfer.classification.accuracy import evaluate
 from transfer.classification.augmentation import (
     add_augmentation_arguments,
@@ -24,24 +19,17 @@ from transfer.classification.augmentation import (
     build_train_transform,
     build_val_transform,
 )
-from transfer.classification.classifier_training import Classification, evaluate_epoch, train, write_results
-from transfer.classification.image_classifier import (
-    build_classifier,
-    build_fine_tuning_optimizer,
-    load_encoder_weights,
-)
+from transfer.classification.classifier_training import evaluate_epoch, train, write_results
+from transfer.classification.fine_tuning_run import build_run, describe, identify_classes, resolve_defaults
+from transfer.classification.image_classifier import build_classifier
 from transfer.classification.labeled_files import DATASETS, LabeledFiles, check_same_classes, list_labeled_files
 from transfer.classification.labeled_images import TrainingImages, ValidationImages
-from transfer.encoders import EncoderWeights, read_encoder
+from transfer.encoders import read_encoder
 from utils import checkpoint, distributed, resume
-from utils.config import TrainingPlan, at_least, between, make_parser
+from utils.config import at_least, between, make_parser
 from utils.device import choose_device
 from utils.errors import UsageError
 from utils.run_log import RunLog
-
-LAYER_DECAY = {"vit": 0.65, "resnet": 1.0}
-DROP_PATH = {"vit": 0.1, "resnet": 0.0}
-"""Defaults for both kinds of encoders."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -138,7 +126,7 @@ def fine_tune(args: argparse.Namespace) -> None:
     # A moved file does not change the result; its checksum is saved among the arguments instead of its path.
     encoder = read_encoder(vars(args).pop("checkpoint"), args.encoder)
     train_files, val_files = _list_splits(args)
-    _resolve_defaults(args, encoder, train_files)
+    resolve_defaults(args, encoder, train_files.classes)
     run = build_run(args, device, encoder, len(train_files.files), len(train_files.classes))
     train_images = TrainingImages(train_files, build_train_transform(args), args.seed)
     val_images = ValidationImages(val_files, build_val_transform(args.image_size))
@@ -148,7 +136,7 @@ def fine_tune(args: argparse.Namespace) -> None:
 
     folder, plan, active = Path(args.output_dir), run.plan, distributed.is_main_process()
     with RunLog(folder, plan.total_steps, start_step, plan.steps_per_epoch, active) as log:
-        log.info("\n".join([_describe(run, encoder, len(val_images)), *messages]))
+        log.info("\n".join([describe(run, encoder, len(val_images)), *messages]))
         if active:
             resume.write_config(folder, run)
         if start_step < plan.total_steps:
@@ -170,90 +158,6 @@ def _list_splits(args: argparse.Namespace) -> tuple[LabeledFiles, LabeledFiles]:
     return train_files, val_files.limit(args.max_val_images)
 
 
-def _resolve_defaults(args: argparse.Namespace, encoder: EncoderWeights, files: LabeledFiles) -> None:
-    """Set the arguments that follow from the encoder and the data, and are saved with the others."""
-    kind = "vit" if is_vit(encoder.arch) else "resnet"
-    args.arch, args.pretrained = encoder.arch, encoder.provenance["source_sha256"][:12]
-    args.classes = identify_classes(files.classes)
-    args.layer_decay = LAYER_DECAY[kind] if args.layer_decay is None else args.layer_decay
-    args.drop_path = DROP_PATH[kind] if args.drop_path is None else args.drop_path
-
-
-def identify_classes(classes: Sequence[str]) -> str:
-    """Return the number of classes, and a checksum of their names."""
-    return f"{len(classes)}, names {hashlib.sha256(repr(list(classes)).encode()).hexdigest()[:8]}"
-
-
-def build_run(
-    args: argparse.Namespace, device: torch.device, encoder: EncoderWeights, num_images: int, num_classes: int
-) -> Classification:
-    """Build a run that starts from the weights of an encoder; the same on all ranks.
-
-    Raises:
-        UsageError: the arguments do not fit to each other, to the encoder or to the number of images.
-    """
-    plan = make_fine_tuning_plan(args, num_images)
-    torch.manual_seed(args.seed)
-    model = build_classifier(args.arch, num_classes, args.image_size, args.global_pool, args.drop_path)
-    load_encoder_weights(model, encoder.weights)
-    model = model.to(device).to(memory_format=torch.channels_last)
-    optimizer = build_fine_tuning_optimizer(model, args.weight_decay, args.layer_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    return Classification(args, plan, device, model, optimizer, scaler, [])
-
-
-def make_fine_tuning_plan(args: argparse.Namespace, num_images: int) -> TrainingPlan:
-    """Derive batch, steps and learning rate from the arguments.
-
-    Raises:
-        UsageError: the batch does not divide over the processes, is odd, or larger than the dataset; or the warm-up
-            is as long as the training.
-    """
-    batch_size, ranks = args.batch_size, distributed.world_size()
-    if batch_size % ranks:
-        raise UsageError(f"--batch-size {batch_size}: not divisible by {ranks} processes; use a multiple")
-    if (args.mixup or args.cutmix) and batch_size // ranks % 2:
-        raise UsageError(f"--batch-size {batch_size}: mixup and cutmix need an even number of images per process")
-    if num_images < batch_size:
-        raise UsageError(
-            f"--batch-size {batch_size}: more than the {num_images} training images of --data-dir {args.data_dir}; "
-            "use a smaller batch"
-        )
-    if args.warmup_epoch is not None and args.warmup_epoch >= args.epochs:
-        raise UsageError(f"--warmup-epoch {args.warmup_epoch}: not less than --epochs {args.epochs}; use fewer")
-    steps_per_epoch = num_images // batch_size
-    warmup_epochs = min(5, args.epochs / 10) if args.warmup_epoch is None else args.warmup_epoch
-    return TrainingPlan(
-        num_images=num_images,
-        batch_size=batch_size,
-        accum_steps=1,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=steps_per_epoch * args.epochs,
-        warmup_steps=round(steps_per_epoch * warmup_epochs),
-        peak_lr=args.base_lr * batch_size / 256,
-        warmup_multiplier=math.inf,
-        lr_schedule="cosine",
-        weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay,
-        teacher_momentum=1.0,  # there is no teacher
-    )
-
-
-def _describe(run: Classification, encoder: EncoderWeights, num_val_images: int) -> str:
-    """Summarize the run in a few lines."""
-    args, plan = run.args, run.plan
-    lines = {
-        "encoder": f"{args.arch} from {encoder.provenance['source']}, all {len(encoder.weights)} tensors loaded",
-        "images": f"{plan.num_images} for training, {num_val_images} for validation in {args.data_dir}",
-        "classes": args.classes.split(",")[0],
-        "device": f"{distributed.world_size()} x {args.device}, mixed precision {args.amp}",
-        "learning rate": f"{plan.peak_lr:g} = {args.base_lr:g} x {plan.batch_size} / 256, "
-        f"layer decay {args.layer_decay:g}",
-        "steps": f"{plan.total_steps} = {args.epochs} epochs x {plan.steps_per_epoch}, {plan.warmup_steps} of warm-up",
-    }
-    return "\n".join(f"{name:<16}  {value}" for name, value in lines.items())
-
-
 def evaluate_fine_tuned(args: argparse.Namespace) -> None:
     """Measure the accuracy of a fine-tuned classifier, and write it to `results.json` in --output-dir.
 
@@ -262,7 +166,8 @@ def evaluate_fine_tuned(args: argparse.Namespace) -> None:
     """
     if args.resume or args.auto_resume:
         raise UsageError("--eval-only trains nothing; omit --resume and --auto-resume")
-    resume.find_checkpoint(args)  # a run is not overwritten
+    if any(Path(args.output_dir, name).exists() for name in ("metrics.jsonl", "results.json")):
+        raise UsageError(f"--output-dir {args.output_dir}: already has results; use another folder with --eval-only")
     device = choose_device(args)
     distributed.initialize(device)
     state = checkpoint.load(args.checkpoint, "checkpoint")
