@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from main_pretrain import parse_args
 from models import METHODS, build_method
 from models.backbones import RESNETS, VITS, build_encoder
-from tests.helpers import TINY, make_batch
+from tests.helpers import make_batch, tiny_flags
 from utils.errors import UsageError
 
 SMALL_VIT = "vit_tiny_patch16_224"
@@ -48,6 +48,16 @@ def test_encoders_have_the_parameter_names_of_their_library_and_state_their_map(
     assert {name: value.shape for name, value in encoder.state_dict().items()} == expected
     assert (encoder.width, encoder.stride) == (width, stride)
     assert features.shape == (2, width, 3, 5)
+
+
+@pytest.mark.parametrize(("patch_size", "grid"), [(32, 7), (14, 16), (20, 11)])
+def test_the_patch_size_of_a_vit_is_in_its_name(patch_size: int, grid: int) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(f"vit_tiny_patch{patch_size}_224")
+        features = encoder(torch.zeros(1, 3, 3 * patch_size, 2 * patch_size))
+    assert encoder.state_dict()["patch_embed.proj.weight"].shape == (192, 3, patch_size, patch_size)
+    assert encoder.state_dict()["pos_embed"].shape == (1, 1 + grid**2, 192)
+    assert (encoder.stride, features.shape) == (patch_size, (1, 192, 3, 2))
 
 
 def test_dilated_resnets_compute_the_same_features_at_more_positions() -> None:
@@ -125,8 +135,9 @@ def test_impossible_encoders_are_refused_in_one_line(arch: str, options: dict[st
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_a_vit(name: str) -> None:
     torch.manual_seed(0)
-    method = build_method(parse_args([*TINY, "--method", name, "--arch", SMALL_VIT])).train()
-    batch = make_batch(2)
+    args = parse_args(tiny_flags("--method", name, "--arch", SMALL_VIT, "--drop-path", "0"))
+    method = build_method(args).train()
+    batch = make_batch(2, [recipe.size for recipe in method.view_recipes(args)])
     method(replace(batch, step=1))["loss"].backward()
     for parameter_name, parameter in method.encoder_q.named_parameters():
         assert parameter.grad is not None, parameter_name

@@ -104,6 +104,29 @@ def test_vits_have_a_recipe_of_their_own(method: str, arch: list[str]) -> None:
     assert (resnet.optimizer, resnet.weight_decay_end, resnet.drop_path) == ("lars", None, 0)
 
 
+def test_gtsa_trains_resnets_without_stochastic_depth() -> None:
+    args = main_pretrain.parse_args(["--method", "gtsa", "--arch", "resnet50"])
+    assert (args.optimizer, args.drop_path, args.epochs) == ("adamw", 0, 100)
+    assert main_pretrain.parse_args(["--method", "gtsa"]).drop_path == 0.1
+
+
+def test_patch_size_replaces_that_in_the_name_of_the_architecture() -> None:
+    arch = ["--arch", "vit_small_patch16_224"]
+    args = main_pretrain.parse_args([*arch, "--patch-size", "8"])
+    assert (args.arch, args.patch_size) == ("vit_small_patch8_224", 8)
+    assert vars(args) == vars(main_pretrain.parse_args(["--arch", "vit_small_patch8_224"]))
+    assert main_pretrain.parse_args([*arch, "--patch-size", "20"]).arch == "vit_small_patch20_224"
+    assert main_pretrain.parse_args(["--method", "gtsa", "--patch-size", "8"]).arch == "vit_small_patch8_224"
+    assert main_pretrain.parse_args([]).patch_size is None
+    with pytest.raises(UsageError, match="--patch-size 8: a resnet50 has no patches"):
+        main_pretrain.parse_args(["--patch-size", "8"])
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], True), (["--no-clip-grad-per-parameter"], False)])
+def test_gtsa_clips_by_parameter_or_all_together(flags: list[str], expected: bool) -> None:
+    assert main_pretrain.parse_args(["--method", "gtsa", *flags]).clip_grad_per_parameter is expected
+
+
 def test_a_recipe_wins_over_defaults_that_the_method_sets(
     multi_crop: type[MultiCrop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
