@@ -1,41 +1,34 @@
-"""Show what the prototypes of a trained model represent: figures, an HTML page, exported masks."""
+"""Show what a trained model represents, its prototypes or its features: figures, an HTML page, exported files."""
 
 import argparse
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 # Before torch is imported: OpenMP threads that wait by spinning slow down every other process on their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from data.datasets import FOLDERS, MultiViewDataset, build_dataset, evenly_spaced
-from models.backbones import ARCHITECTURES
-from transfer.encoders import infer_arch
-from transfer.figures.export import SlotExport
-from transfer.figures.extractor import CenterCrops, FeatureExtractor
-from transfer.figures.layout import IMAGE_SUFFIXES, save_figure, shorten
-from transfer.figures.maps import draw_maps
-from transfer.figures.neighbors import draw_neighbors
-from transfer.figures.page import build_page
-from transfer.figures.prototype_stats import PrototypeStats
-from transfer.figures.tsne import draw_tsne
-from transfer.figures.usage import draw_usage
-from transfer.slot_model import SlotModel, extract_slot_model
+from models.backbones import is_vit
+from transfer.encoders import build_frozen_encoder, extract_encoder, infer_arch
+from transfer.figures.extractor import CenterCrops, FeatureExtractor, SlotExtractor
+from transfer.figures.feature_outputs import draw_features, write_features
+from transfer.figures.layout import IMAGE_SUFFIXES, save_figure
+from transfer.figures.loaded_model import ENCODER_FIGURES, SLOT_FIGURES, LoadedModel
+from transfer.figures.slot_outputs import write_slots
+from transfer.figures.vit_attention import encode
+from transfer.slot_model import SlotModel, extract_slot_model, has_prototypes
 from utils import checkpoint, distributed
 from utils.config import at_least, between, make_parser
 from utils.device import choose_device, loader_workers
 from utils.errors import UsageError
-from utils.files import check_writable, write_output
+from utils.files import check_writable
 
-FIGURES = ("neighbors", "maps", "tsne", "usage")
 _MAX_TOPK = 100
-_TSNE_IMAGES = 400
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,15 +47,15 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         type=Path,
         required=True,
         metavar="CKPT",
-        help="checkpoint of this project, or a released one of SlotCon or SlotFA",
+        help="checkpoint of this project, a released one, or that of an encoder",
     )
     group.add_argument("--encoder", choices=("teacher", "student"), help="weights to use (default: teacher)")
-    group.add_argument("--arch", choices=ARCHITECTURES, metavar="ARCH", help="encoder architecture, such as resnet50")
+    group.add_argument("--arch", help="encoder architecture, such as resnet50")
     group.add_argument("--dim-hidden", type=at_least(1), help="width of the projector's hidden layers")
     group.add_argument("--dim-out", type=at_least(1), help="width D of projections and prototypes")
     group.add_argument("--num-prototypes", type=at_least(1), help="number K of prototypes")
     group.add_argument(
-        "--output-stride", type=int, choices=(32, 16, 8), default=32, help="stride of the feature map, by dilation"
+        "--output-stride", type=int, choices=(32, 16, 8), default=32, help="stride of a ResNet's map, by dilation"
     )
 
 
@@ -84,15 +77,19 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--figure",
         type=lambda name: name.replace("neighbours", "neighbors"),  # the spelling of earlier versions
-        choices=FIGURES,
-        help="figure to draw (default: neighbors; none if only --html or --export is given)",
+        choices=SLOT_FIGURES + ENCODER_FIGURES,
+        help="figure to draw (default: neighbors, or pca without prototypes; none if only --html or --export is given)",
     )
     group.add_argument("--save-path", type=Path, help="file or folder of the figure (default: next to the checkpoint)")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write a page with all prototypes")
-    group.add_argument("--export", type=Path, metavar="DIR", help="write masks, scores and prototypes as files")
-    group.add_argument("--topk", type=at_least(1), default=5, help="nearest images per prototype")
     group.add_argument(
-        "--sampling", type=at_least(1), default=20, help="number of prototypes (neighbors) or images (maps) to sample"
+        "--html", type=Path, metavar="FILE", help="write a page with all prototypes, or images without them"
+    )
+    group.add_argument("--export", type=Path, metavar="DIR", help="write masks and prototypes, or features, as files")
+    group.add_argument("--topk", type=at_least(1), default=5, help="nearest images per prototype or patch")
+    group.add_argument(
+        "--sampling",
+        type=at_least(1),
+        help="number of prototypes (neighbors) or images to sample (default: 20; 200 images on a page)",
     )
     group.add_argument(
         "--idxs", type=at_least(0), nargs="+", help="numbers of the prototypes to show instead of sampled ones"
@@ -130,45 +127,48 @@ def visualize(args: argparse.Namespace) -> None:
     """Load the model and the images, then write the figure, the page and the export."""
     state = checkpoint.load(args.model_path, "--model-path")
     train_args = checkpoint.checkpoint_args(state)
-    resolve_outputs(args)
+    model = load(args, state)
+    resolve_outputs(args, model)
     args.amp = "off"
     device = choose_device(args)
-    model = load_model(args, state).to(device)
+    (model.slots or model.encoder).to(device)
     del state
-    image_size = args.image_size or 2 * int(number_or_default(train_args.get("image_size"), 224, minimum=16))
-    crops = CenterCrops(find_images(args, train_args), image_size)
-    extractor = FeatureExtractor(model, crops, device, args.batch_size, loader_workers(args.num_workers))
+    crops = CenterCrops(find_images(args, train_args), choose_image_size(args, train_args, model))
+    options = crops, device, args.batch_size, loader_workers(args.num_workers)
     indices = evenly_spaced(len(crops), args.max_images)
+    if not model.slots:
+        print(f"{args.model_path} has no prototypes; figures: {', '.join(model.figures)}")
 
-    if args.figure in ("maps", "tsne"):
-        save_figure("--save-path", args.save_path, draw_images(args, extractor, indices))
-    if args.html or args.export or args.figure in ("neighbors", "usage"):
-        stats = compute_stats_and_export(args, extractor, model, indices)
-        if args.figure in ("neighbors", "usage"):
-            save_figure("--save-path", args.save_path, draw_stats(args, extractor, stats))
-        if args.html:
-            details = describe(args, extractor, stats.num_images)
-            page = build_page(extractor, stats, args.alpha, details)
-            write_output("--html", args.html, lambda file: file.write(page))
+    features = FeatureExtractor(partial(encode, model.encoder), *options)
+    if args.figure in ENCODER_FIGURES:
+        save_figure("--save-path", args.save_path, draw_features(args, model, features, indices))
+    if model.slots:
+        write_slots(args, model, SlotExtractor(model.slots, *options), indices)
+    else:
+        write_features(args, model, features, indices)
     for name, path in (("figure", args.save_path), ("page", args.html), ("export", args.export)):
         if path:
             print(f"{name}: {path}")
 
 
-def resolve_outputs(args: argparse.Namespace) -> None:
+def resolve_outputs(args: argparse.Namespace, model: LoadedModel) -> None:
     """Set the default figure and its path, and check before any work that all outputs can be made.
 
     Raises:
-        UsageError: flags contradict each other, or an output cannot be written or exists.
+        UsageError: the model cannot have this figure, flags contradict each other, or an output cannot be written or
+            exists.
     """
     if args.figure is None and (args.save_path or not (args.html or args.export)):
-        args.figure = "neighbors"
+        args.figure = model.figures[0]
+    if args.figure and args.figure not in model.figures:
+        lacks = "prototypes" if args.figure in SLOT_FIGURES else f"class token, it is a {model.arch}"
+        raise UsageError(f"--figure {args.figure}: {args.model_path} has no {lacks}; use {' or '.join(model.figures)}")
     if args.topk > _MAX_TOPK:
         raise UsageError(f"--topk {args.topk}: use at most {_MAX_TOPK}")
     if args.idxs and args.figure not in ("neighbors", "maps"):
         raise UsageError("--idxs: only applies to --figure neighbors and --figure maps")
     if args.figure:
-        name = f"slots_{args.figure}.png"
+        name = f"{'slots' if args.figure in SLOT_FIGURES else 'features'}_{args.figure}.png"
         args.save_path = args.save_path or args.model_path.parent / name
         if args.save_path.is_dir():
             args.save_path /= name
@@ -181,6 +181,24 @@ def resolve_outputs(args: argparse.Namespace) -> None:
             check_writable(flag, path, args.overwrite, folder=flag == "--export")
 
 
+def load(args: argparse.Namespace, state: Mapping[str, Any]) -> LoadedModel:
+    """Return the model in the loaded --model-path, and verify the sizes that the flags name.
+
+    Raises:
+        UsageError: the file has no encoder, or other sizes.
+    """
+    flag = "--model-path"
+    if has_prototypes(checkpoint.extract_weights(state, f"{flag} {args.model_path}")):
+        slots = load_model(args, state)
+        arch = infer_arch(slots.encoder.state_dict(), flag)
+        return LoadedModel(args.model_path, slots.encoder, arch, slots.which, slots)
+    encoder = extract_encoder(state, args.model_path, args.encoder, flag)
+    verify_sizes(args, {"arch": encoder.arch})
+    which = encoder.provenance["encoder"]
+    network = build_frozen_encoder(encoder, args.output_stride)
+    return LoadedModel(args.model_path, network, encoder.arch, which, None)
+
+
 def load_model(args: argparse.Namespace, state: Mapping[str, Any]) -> SlotModel:
     """Return the slot model in the loaded --model-path, and verify the sizes and prototypes that the flags name.
 
@@ -189,21 +207,48 @@ def load_model(args: argparse.Namespace, state: Mapping[str, Any]) -> SlotModel:
     """
     model = extract_slot_model(state, args.model_path, args.encoder, args.output_stride, "--model-path")
     count, width = model.prototypes.shape
-    actual = {
+    sizes = {
         "arch": infer_arch(model.encoder.state_dict(), str(args.model_path)),
         "dim_hidden": model.projector.state_dict()["mlp.0.bias"].numel(),
         "dim_out": width,
         "num_prototypes": count,
     }
-    for name, value in actual.items():
-        if getattr(args, name) not in (None, value):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} {getattr(args, name)}: {args.model_path} has {value}; omit {flag} to use that")
+    verify_sizes(args, sizes)
     if args.idxs and max(args.idxs) >= count:
         raise UsageError(f"--idxs {max(args.idxs)}: {args.model_path} has prototypes 0 to {count - 1}")
     temperature = checkpoint.checkpoint_args(state).get("teacher_temp")
     model.grouping.temperature = number_or_default(temperature, model.grouping.temperature)
     return model
+
+
+def verify_sizes(args: argparse.Namespace, actual: Mapping[str, Any]) -> None:
+    """Verify that the flags name the architecture and the sizes of the model; a model without slots has no sizes.
+
+    Raises:
+        UsageError: a flag names another one.
+    """
+    for name in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
+        value, expected = getattr(args, name), actual.get(name)
+        if value not in (None, expected):
+            flag = f"--{name.replace('_', '-')}"
+            has = "no prototypes; omit it" if expected is None else f"{expected}; omit {flag} to use that"
+            raise UsageError(f"{flag} {value}: {args.model_path} has {has}")
+
+
+def choose_image_size(args: argparse.Namespace, train_args: Mapping[str, Any], model: LoadedModel) -> int:
+    """Return --image-size, by default twice the size of training, for a ViT the nearest multiple of its patch size.
+
+    Raises:
+        UsageError: --image-size is not a multiple of the patch size.
+    """
+    if args.image_size:
+        model.encoder.check_image_size(args.image_size)
+        return args.image_size
+    size = 2 * int(number_or_default(train_args.get("image_size"), 224, minimum=16))
+    if not is_vit(model.arch):
+        return size
+    patch_size: int = model.encoder.stride
+    return patch_size * max(1, round(size / patch_size))
 
 
 def find_images(args: argparse.Namespace, train_args: Mapping[str, Any]) -> MultiViewDataset:
@@ -227,57 +272,6 @@ def number_or_default(value: Any, default: float, minimum: float = 1e-6) -> floa
     """Return an argument of a checkpoint if it is a finite number of at least `minimum`, else `default`."""
     is_number = isinstance(value, int | float) and minimum <= value < math.inf
     return value if is_number else default
-
-
-def sample_sorted(candidates: Sequence[int], count: int, seed: int) -> list[int]:
-    """Return at most `count` of the candidates, sampled without replacement, in the order of `candidates`."""
-    chosen = np.random.default_rng(seed).permutation(len(candidates))[:count]
-    return [candidates[position] for position in sorted(chosen.tolist())]
-
-
-def compute_stats_and_export(
-    args: argparse.Namespace, extractor: FeatureExtractor, model: SlotModel, indices: Sequence[int]
-) -> PrototypeStats:
-    """Apply the model to all images, collect the statistics of the prototypes, and write the export."""
-    stats = PrototypeStats(model.prototypes, model.grouping.temperature, args.topk)
-    export = SlotExport(args.export, extractor.crops, len(model.prototypes)) if args.export else None
-    for batch in extractor.extract(indices, "extracting"):
-        stats.update(batch)
-        if export:
-            export.write_batch(batch)
-    if export:
-        metadata = {"model": args.model_path.name, "encoder": model.which, "dataset": args.dataset}
-        metadata |= {"image_size": extractor.crops.size, "output_stride": args.output_stride}
-        export.write_summary(stats, metadata | {"temperature": stats.temperature})
-    return stats
-
-
-def draw_images(args: argparse.Namespace, extractor: FeatureExtractor, indices: Sequence[int]) -> Figure:
-    """Draw one of the figures of sampled images, maps and tsne."""
-    sampled = sample_sorted(indices, args.sampling if args.figure == "maps" else _TSNE_IMAGES, args.seed)
-    details = describe(args, extractor, len(sampled))
-    if args.figure == "maps":
-        return draw_maps(extractor, sampled, args.dpi, details, args.idxs)
-    return draw_tsne(extractor, sampled, args.points, args.seed, args.dpi, details)
-
-
-def draw_stats(args: argparse.Namespace, extractor: FeatureExtractor, stats: PrototypeStats) -> Figure:
-    """Draw one of the figures of all images, neighbors and usage."""
-    details = describe(args, extractor, stats.num_images)
-    if args.figure == "usage":
-        return draw_usage(stats, args.dpi, details)
-    prototypes = list(dict.fromkeys(args.idxs or sample_sorted(stats.used, args.sampling, args.seed)))
-    details = f"{details} · {len(stats.used)} of {len(stats.prototypes)} prototypes used"
-    return draw_neighbors(extractor, stats, prototypes, args.alpha, args.dpi, details)
-
-
-def describe(args: argparse.Namespace, extractor: FeatureExtractor, num_images: int) -> str:
-    """Return model, number of images, dataset and image size in one line."""
-    path = args.model_path.absolute()
-    student = " (student)" if extractor.model.which == "student" else ""
-    model = shorten(f"{path.parent.name}/{path.name}", 44) + student
-    images = f"{num_images:,} {'image' if num_images == 1 else 'images'}"
-    return f"{model} · {images} of {args.dataset}, {extractor.crops.size} px"
 
 
 if __name__ == "__main__":

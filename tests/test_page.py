@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data.datasets import build_dataset
-from transfer.figures.extractor import CenterCrops, FeatureExtractor
-from transfer.figures.page import build_page
+from transfer.figures.extractor import CenterCrops, SlotExtractor
+from transfer.figures.prototype_page import build_page
 from transfer.figures.prototype_stats import PrototypeStats
 from utils.visualization import palette
 
@@ -41,7 +41,7 @@ def page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return torch.randn(len(inputs), 6, 7, 7, generator=torch.Generator().manual_seed(0)), scores
 
     dataset = build_dataset(argparse.Namespace(dataset="folder", data_dir=str(images), seed=0), recipes=())
-    extractor = FeatureExtractor(model, CenterCrops(dataset, 64), torch.device("cpu"), 16, 0)
+    extractor = SlotExtractor(model, CenterCrops(dataset, 64), torch.device("cpu"), 16, 0)
     stats = PrototypeStats(torch.randn(K, 6, generator=torch.Generator().manual_seed(1)), 0.07, 4)
     for batch in extractor.extract(range(16), "extracting"):
         stats.update(batch)

@@ -32,14 +32,14 @@ from data.views import center_view
 from models import build_method
 from tests.helpers import TINY, run_expecting_usage_error
 from tests.reference import grouping
-from transfer.figures.export import encode_mask
-from transfer.figures.extractor import CenterCrops, ExtractedBatch, FeatureExtractor
+from transfer.figures.extractor import CenterCrops, SlotBatch, SlotExtractor
 from transfer.figures.layout import IMAGE_SUFFIXES, new_figure, save_figure
 from transfer.figures.maps import compute_slot_maps, draw_maps, place_numbers
 from transfer.figures.neighbors import draw_neighbors
-from transfer.figures.page import collect_data
+from transfer.figures.prototype_page import collect_data
 from transfer.figures.prototype_stats import NearestImages, PrototypeStats
 from transfer.figures.regions import connected_regions, highlight_region, pixels_by_depth, region_outline, region_side
+from transfer.figures.slot_export import encode_mask
 from transfer.figures.strips import render_strips
 from transfer.figures.tsne import draw_points, draw_tsne, group_by_prototype, sample_projections
 from transfer.figures.usage import draw_usage
@@ -161,10 +161,10 @@ def test_prototype_stats_equal_the_reference() -> None:
     rng = np.random.default_rng(3)
     projections, prototypes = torch.from_numpy(rng.standard_normal((9, 5, 3, 4))), torch.from_numpy(rng.random((6, 5)))
     scores = torch.einsum("kd,bdhw->bkhw", F.normalize(prototypes, dim=1), F.normalize(projections, dim=1))
-    batch = ExtractedBatch(torch.arange(9), torch.zeros(9, 3, 8, 8), torch.zeros(9, 4), projections, scores)
+    batch = SlotBatch(torch.arange(9), torch.zeros(9, 3, 8, 8), torch.zeros(9, 4), projections, scores)
     stats = PrototypeStats(prototypes, 0.05, topk=9)
     for part in (slice(0, 2), slice(2, 9)):
-        stats.update(ExtractedBatch(*(tensor[part] for tensor in batch)))
+        stats.update(SlotBatch(*(tensor[part] for tensor in batch)))
 
     used = grouping.occupied(scores.numpy())
     slots = grouping.slots(projections.numpy(), scores.numpy(), 0.05)
@@ -229,14 +229,14 @@ def test_connected_regions_are_those_of_at_least_a_size() -> None:
 
 
 @pytest.fixture(scope="module")
-def extractor(checkpoints: Path, images: Path) -> FeatureExtractor:
+def extractor(checkpoints: Path, images: Path) -> SlotExtractor:
     path = checkpoints / "current.pth"
     args = viz_slots.parse_args(command(path, "--data-dir", str(images), "--dataset", "folder"))
     crops = CenterCrops(viz_slots.find_images(args, {}), SIZE)
-    return FeatureExtractor(load_slot_model(path), crops, torch.device("cpu"), 16, 0)
+    return SlotExtractor(load_slot_model(path), crops, torch.device("cpu"), 16, 0)
 
 
-def test_strips_show_the_region_in_each_nearest_image(extractor: FeatureExtractor) -> None:
+def test_strips_show_the_region_in_each_nearest_image(extractor: SlotExtractor) -> None:
     rankings = {2: [(4, 0.9), (0, 0.8)], 1: [(4, 0.9)], 6: []}
     strips = dict(render_strips(extractor, rankings, target_side=33, alpha=1, gap_share=2 / 33))
     assert strips.keys() == {1, 2}
@@ -250,7 +250,7 @@ def test_strips_show_the_region_in_each_nearest_image(extractor: FeatureExtracto
             assert (strip[:, 35 * rank + 33 : 35 * (rank + 1)] == 255).all()
 
 
-def test_page_data_equal_the_statistics(extractor: FeatureExtractor) -> None:
+def test_page_data_equal_the_statistics(extractor: SlotExtractor) -> None:
     prototypes: Any = extractor.model.prototypes  # type: ignore[attr-defined]
     stats = PrototypeStats(prototypes, 0.07, topk=3)
     for batch in extractor.extract(range(16), "extracting"):
@@ -275,7 +275,7 @@ Colors = dict[int, tuple[float, ...]]
 
 
 @pytest.fixture(scope="module")
-def stats(extractor: FeatureExtractor) -> PrototypeStats:
+def stats(extractor: SlotExtractor) -> PrototypeStats:
     prototypes: Any = extractor.model.prototypes  # type: ignore[attr-defined]
     stats = PrototypeStats(prototypes, 0.07, topk=2)
     for batch in extractor.extract(range(16), "extracting"):
@@ -284,7 +284,7 @@ def stats(extractor: FeatureExtractor) -> PrototypeStats:
 
 
 @pytest.fixture(scope="module")
-def maps(extractor: FeatureExtractor) -> Figure:
+def maps(extractor: SlotExtractor) -> Figure:
     return draw_maps(extractor, range(6), 60, "details")
 
 
@@ -296,7 +296,7 @@ def colors_of_usage(stats: PrototypeStats) -> Colors:
     return colors
 
 
-def colors_of_neighbors(extractor: FeatureExtractor, stats: PrototypeStats) -> Colors:
+def colors_of_neighbors(extractor: SlotExtractor, stats: PrototypeStats) -> Colors:
     figure = draw_neighbors(extractor, stats, [7, 0, 3, 1], 0.5, 40, "")
     panels = [panel for panel in figure.axes if panel.patches]
     return {
@@ -307,7 +307,7 @@ def colors_of_neighbors(extractor: FeatureExtractor, stats: PrototypeStats) -> C
 
 @pytest.mark.parametrize("dpi", [40, 200])
 def test_strip_of_nearest_images_fits_into_its_panel(
-    dpi: int, extractor: FeatureExtractor, stats: PrototypeStats
+    dpi: int, extractor: SlotExtractor, stats: PrototypeStats
 ) -> None:
     panel = draw_neighbors(extractor, stats, [0], 0.5, dpi, "").axes[0]
     left, right, *_ = panel.images[0].get_extent()
@@ -329,7 +329,7 @@ def colors_of_tsne(prototypes: np.ndarray, axes: Axes) -> Colors:
     return points
 
 
-def test_prototype_has_the_same_color_in_all_figures(extractor: FeatureExtractor, stats: PrototypeStats) -> None:
+def test_prototype_has_the_same_color_in_all_figures(extractor: SlotExtractor, stats: PrototypeStats) -> None:
     """Expect the colors of the palette, in figures of other images and other prototypes."""
     expected = palette(K)
     _, prototypes = sample_projections(extractor, range(4), 36, seed=0)
@@ -347,7 +347,7 @@ def test_prototype_has_the_same_color_in_all_figures(extractor: FeatureExtractor
             assert color == pytest.approx(expected[number].tolist(), abs=1 / 255)
 
 
-def test_slot_maps_have_the_colors_of_their_prototypes(maps: Figure, extractor: FeatureExtractor) -> None:
+def test_slot_maps_have_the_colors_of_their_prototypes(maps: Figure, extractor: SlotExtractor) -> None:
     """Compare without the gray of the photograph, which adds the same to red, green and blue."""
     expected = 0.7 * 255 * (palette(K) - palette(K).mean(dim=1, keepdim=True))
     pixels: list[tuple[int, np.ndarray]] = []
@@ -387,7 +387,7 @@ def flood(assignment: np.ndarray, start: tuple[int, int]) -> set[tuple[int, int]
     return region
 
 
-def test_every_region_above_the_stated_size_has_its_number_inside(maps: Figure, extractor: FeatureExtractor) -> None:
+def test_every_region_above_the_stated_size_has_its_number_inside(maps: Figure, extractor: SlotExtractor) -> None:
     assert "regions of at least 1% of an image are numbered" in maps.get_supxlabel().replace("\n", " ")
     num_regions = 0
     for panel, slot_map in zip(maps.axes, compute_slot_maps(extractor, range(6), round(1.7 * 60))):
@@ -500,7 +500,7 @@ def test_details_are_as_wide_as_their_figure() -> None:
         assert " ".join(lines) == details.replace("\n", " ")
 
 
-@pytest.mark.parametrize("figure", viz_slots.FIGURES)
+@pytest.mark.parametrize("figure", viz_slots.SLOT_FIGURES)
 def test_figure_is_written_next_to_the_checkpoint(
     figure: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -660,7 +660,9 @@ def test_command_runs_from_another_folder(checkpoint: Path, tmp_path: Path) -> N
         (["--topk", "101"], "--topk 101: .*100"),
         (["--output-stride", "16"], "--output-stride 16: .*resnet"),
         (["--dpi", "20000"], "pixels .*--dpi"),
-        (["--model-path", "backbone.pth"], "no prototypes"),
+        (["--model-path", "backbone.pth", "--figure", "maps"], "--figure maps: .* has no prototypes; use pca or patches"),
+        (["--model-path", "backbone.pth", "--num-prototypes", "8"], "--num-prototypes 8: .* no prototypes; omit it"),
+        (["--figure", "attention"], "--figure attention: .* no class token, it is a resnet18; use .* or pca or patches"),
         (["--model-path", "moved.pth"], "--data-dir: .*/missing"),
         (["--model-path", "no_args.pth"], "--data-dir: .*names no folder"),
     ],

@@ -92,6 +92,11 @@ def extract_slot_model(
     return build_slot_model(weights, network, encoder.provenance["encoder"], f"{flag} {path}")
 
 
+def has_prototypes(weights: Weights) -> bool:
+    """Return whether there are prototypes among the weights of a checkpoint."""
+    return any(f"grouping_{suffix}.slot_embed.weight" in weights for suffix in "qk")
+
+
 def build_slot_model(weights: Weights, encoder: nn.Module, which: str, where: str) -> SlotModel:
     """Return the projector and prototypes among the weights of a checkpoint on an encoder.
 

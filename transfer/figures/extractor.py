@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.datasets import MultiViewDataset
 from data.views import Box, center_view, central_crop
-from transfer.slot_model import SlotModel
+from transfer.figures.vit_attention import EncodedImages
 from utils.errors import UsageError
 from utils.visualization import normalize
 
@@ -52,8 +52,8 @@ class CenterCrops(Dataset[CroppedImage]):
             return CroppedImage(int(index), None, (0, 0, 0, 0))
 
 
-class ExtractedBatch(NamedTuple):
-    """B images with the outputs of the model; `indices`, `images` and `boxes` are on the CPU."""
+class CropBatch(NamedTuple):
+    """B center crops, on the CPU."""
 
     indices: Tensor
     """(B,) int64, the indices of the images in the dataset."""
@@ -61,32 +61,46 @@ class ExtractedBatch(NamedTuple):
     """(B, 3, S, S) uint8."""
     boxes: Tensor
     """(B, 4) int64: the crops as x0 y0 x1 y1 in pixels of the images."""
+
+
+class SlotBatch(NamedTuple):
+    """B images as in `CropBatch`, with the outputs of a slot model."""
+
+    indices: Tensor
+    images: Tensor
+    boxes: Tensor
     projections: Tensor
     """(B, D, h, w)."""
     scores: Tensor
     """(B, K, h, w) float32, cosine similarities."""
 
 
+class FeatureBatch(NamedTuple):
+    """B images as in `CropBatch`, with the outputs of an encoder."""
+
+    indices: Tensor
+    images: Tensor
+    boxes: Tensor
+    features: Tensor
+    """(B, C, h, w)."""
+    attention: Tensor | None
+    """(B, heads, h, w), attention of the class token to the patches; None for encoders without a class token."""
+
+
+Outputs = TypeVar("Outputs")
+
+
 @dataclass
-class FeatureExtractor:
+class _Extractor(Generic[Outputs]):
     """Apply a model to center crops, batch by batch, on one device."""
 
-    model: SlotModel
+    model: Callable[[Tensor], Outputs]
     crops: CenterCrops
     device: torch.device
     batch_size: int
     num_workers: int
 
-    def extract(self, indices: Sequence[int], description: str) -> Iterator[ExtractedBatch]:
-        """Yield the outputs for the images `indices` in this order; unreadable images are reported and left out.
-
-        Args:
-            indices: of images in `crops`.
-            description: the label of the progress bar.
-
-        Raises:
-            UsageError: no image can be read, or a batch does not fit into the memory of the GPU.
-        """
+    def _apply(self, indices: Sequence[int], description: str) -> Iterator[tuple[CropBatch, Outputs]]:
         workers = min(self.num_workers, len(indices) // self.batch_size)
         loader = DataLoader(Subset(self.crops, indices), self.batch_size, num_workers=workers, collate_fn=list)
         num_readable = 0
@@ -98,19 +112,48 @@ class FeatureExtractor:
                         path = self.crops.root / self.crops.name(crop.index)
                         tqdm.write(f"skipped, cannot be read: {path}", file=sys.stderr)
                 if readable:
-                    yield self._apply_model(readable)
+                    batch = _stack(readable)
+                    yield batch, self._apply_model(batch.images)
                 num_readable += len(readable)
                 bar.update(len(crops))
         if not num_readable:
             first = self.crops.root / self.crops.name(indices[0])
             raise UsageError(f"--data-dir: none of {len(indices)} images can be read, such as {first}")
 
-    def _apply_model(self, crops: list[CroppedImage]) -> ExtractedBatch:
-        images = torch.stack([crop.pixels for crop in crops if crop.pixels is not None])
+    def _apply_model(self, images: Tensor) -> Outputs:
         try:
             with torch.no_grad():
-                projections, scores = self.model(normalize(images / 255).to(self.device))
+                return self.model(normalize(images / 255).to(self.device))
         except torch.cuda.OutOfMemoryError:
             raise UsageError(f"--batch-size {self.batch_size}: out of GPU memory; use a smaller one") from None
-        indices, boxes = torch.tensor([crop.index for crop in crops]), torch.tensor([crop.box for crop in crops])
-        return ExtractedBatch(indices, images, boxes, projections, scores)
+
+
+def _stack(crops: Sequence[CroppedImage]) -> CropBatch:
+    images = torch.stack([crop.pixels for crop in crops if crop.pixels is not None])
+    return CropBatch(torch.tensor([crop.index for crop in crops]), images, torch.tensor([crop.box for crop in crops]))
+
+
+class SlotExtractor(_Extractor[tuple[Tensor, Tensor]]):
+    """Apply a slot model, which maps images to projections and scores, to center crops."""
+
+    def extract(self, indices: Sequence[int], description: str) -> Iterator[SlotBatch]:
+        """Yield the outputs for the images `indices` in this order; unreadable images are reported and left out.
+
+        Args:
+            indices: of images in `crops`.
+            description: the label of the progress bar.
+
+        Raises:
+            UsageError: no image can be read, or a batch does not fit into the memory of the GPU.
+        """
+        for crops, (projections, scores) in self._apply(indices, description):
+            yield SlotBatch(*crops, projections, scores)
+
+
+class FeatureExtractor(_Extractor[EncodedImages]):
+    """Apply an encoder, by `vit_attention.encode`, to center crops."""
+
+    def extract(self, indices: Sequence[int], description: str) -> Iterator[FeatureBatch]:
+        """Yield features and attention, as `SlotExtractor.extract` yields projections and scores."""
+        for crops, (features, attention) in self._apply(indices, description):
+            yield FeatureBatch(*crops, features, attention)

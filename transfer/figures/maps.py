@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.grouping import occupied
-from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.extractor import SlotExtractor
 from transfer.figures.labels import LabelPlacer
 from transfer.figures.layout import MUTED_COLOR, grid_shape, new_figure, shorten
 from transfer.figures.regions import connected_regions, pixels_by_depth, region_side, resample
@@ -37,7 +37,7 @@ class SlotMap(NamedTuple):
 
 
 def draw_maps(
-    extractor: FeatureExtractor, indices: Sequence[int], dpi: int, details: str, prototypes: Sequence[int] | None = None
+    extractor: SlotExtractor, indices: Sequence[int], dpi: int, details: str, prototypes: Sequence[int] | None = None
 ) -> Figure:
     """Draw each image above its slot map; a prototype has the same color in all figures.
 
@@ -61,7 +61,7 @@ def draw_maps(
     return figure
 
 
-def compute_slot_maps(extractor: FeatureExtractor, indices: Sequence[int], target_side: int) -> list[SlotMap]:
+def compute_slot_maps(extractor: SlotExtractor, indices: Sequence[int], target_side: int) -> list[SlotMap]:
     """Return the slot maps of images, about `target_side` pixels large."""
     maps = []
     for batch in extractor.extract(indices, "rendering"):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.extractor import SlotExtractor
 from transfer.figures.layout import MUTED_COLOR, TEXT_COLOR, grid_shape, new_figure
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.strips import render_strips
@@ -25,7 +25,7 @@ _EMPTY = torch.full((1, 1, 3), 238, dtype=torch.uint8)
 
 
 def draw_neighbors(
-    extractor: FeatureExtractor,
+    extractor: SlotExtractor,
     stats: PrototypeStats,
     prototypes: Sequence[int],
     alpha: float,

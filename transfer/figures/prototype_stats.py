@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.grouping import occupied, pool_slots
-from transfer.figures.extractor import ExtractedBatch
+from transfer.figures.extractor import SlotBatch
 
 
 class NearestImages:
@@ -61,7 +61,7 @@ class PrototypeStats:
         self.slots_histogram = torch.zeros(count + 1, dtype=torch.int64, device=device)
         """(K + 1,): number of images with 0, 1, ..., K slots."""
 
-    def update(self, batch: ExtractedBatch) -> None:
+    def update(self, batch: SlotBatch) -> None:
         """Add a batch of images."""
         used = occupied(batch.scores)
         slots = pool_slots(batch.projections, batch.scores, self.temperature)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.extractor import SlotExtractor
 from transfer.figures.regions import highlight_region, region_side, resample
 from utils.visualization import assign_pixels
 
 
 def render_strips(
-    extractor: FeatureExtractor,
+    extractor: SlotExtractor,
     rankings: Mapping[int, Sequence[tuple[int, float]]],
     target_side: int,
     alpha: float,

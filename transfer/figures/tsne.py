@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
-from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.extractor import SlotExtractor
 from transfer.figures.labels import LabelPlacer
 from transfer.figures.layout import MUTED_COLOR, TEXT_COLOR, new_figure
 from utils.errors import UsageError
@@ -41,7 +41,7 @@ class PrototypePoints(NamedTuple):
 
 
 def draw_tsne(
-    extractor: FeatureExtractor, indices: Sequence[int], num_points: int, seed: int, dpi: int, details: str
+    extractor: SlotExtractor, indices: Sequence[int], num_points: int, seed: int, dpi: int, details: str
 ) -> Figure:
     """Draw about `num_points` positions of the feature maps of images.
 
@@ -80,7 +80,7 @@ def draw_points(points: np.ndarray, prototypes: np.ndarray, dpi: int, details: s
 
 
 def sample_projections(
-    extractor: FeatureExtractor, indices: Sequence[int], num_points: int, seed: int
+    extractor: SlotExtractor, indices: Sequence[int], num_points: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample positions of feature maps, equally many from each image.
 

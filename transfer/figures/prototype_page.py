@@ -1,31 +1,23 @@
 """Build one self-contained HTML page with all prototypes: nearest images and usage, to search and sort."""
 
-import base64
-import html
-import json
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_hex
-from PIL import Image
 from torch import Tensor
 
-from transfer.figures.extractor import FeatureExtractor
+from transfer.figures.extractor import SlotExtractor
+from transfer.figures.page_template import encode_jpeg, fill_template
 from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.strips import render_strips
 from utils.visualization import palette
 
-_TEMPLATE = Path(__file__).with_name("page.html")
 _LARGE_SIDE, _SMALL_SIDE, _MAX_LARGE = 126, 98, 512
 """Sides of an image in pixels: up to `_MAX_LARGE` prototypes, and beyond."""
-_QUALITY = 68
-"""JPEG quality. The images of a prototype share one file, whose header is as large as a small image."""
 
 
-def build_page(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float, details: str) -> bytes:
+def build_page(extractor: SlotExtractor, stats: PrototypeStats, alpha: float, details: str) -> bytes:
     """Return the page; its size depends on the number of used prototypes and of nearest images, not on the dataset.
 
     Args:
@@ -35,14 +27,11 @@ def build_page(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float,
         details: model and images in one line.
     """
     used = f"{len(stats.used)} of {len(stats.prototypes)} prototypes used, {stats.slots_per_image:.1f} slots per image"
-    page = _TEMPLATE.read_text(encoding="utf-8")
-    page = page.replace("{{details}}", html.escape(details)).replace("{{used}}", html.escape(used))
-    # JSON inside a script element: without "<", no file name can end the element.
-    data = json.dumps(collect_data(extractor, stats, alpha), separators=(",", ":")).replace("<", "\\u003c")
-    return page.replace("{{data}}", data).encode()
+    data = collect_data(extractor, stats, alpha)
+    return fill_template("prototype_cards.js", "Nearest images of each prototype", f"{details} · {used}", data)
 
 
-def collect_data(extractor: FeatureExtractor, stats: PrototypeStats, alpha: float) -> dict[str, Any]:
+def collect_data(extractor: SlotExtractor, stats: PrototypeStats, alpha: float) -> dict[str, Any]:
     """Return what the page shows, as JSON: `images` (how many), `names` of the shown ones, and the `prototypes`.
 
     Of each prototype: `color` (as `#rrggbb`), `images` (how many use it), `area` (share of all images), `nearest`
@@ -79,10 +68,3 @@ def most_similar(prototypes: Tensor, count: int = 4) -> list[list[list[float]]]:
     return [
         [[number, round(cosine, 2)] for number, cosine in zip(*row)] for row in zip(indices.tolist(), values.tolist())
     ]
-
-
-def encode_jpeg(pixels: Tensor) -> str:
-    """Encode pixels (H, W, 3) uint8 as a JPEG in base64."""
-    file = BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, format="jpeg", quality=_QUALITY, optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
