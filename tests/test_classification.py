@@ -24,7 +24,7 @@ from transfer.classification.image_classifier import (
     load_encoder_weights,
 )
 from transfer.classification.labeled_files import list_labeled_files
-from transfer.classification.labeled_images import NO_LABEL, TrainingImages, ValidationImages
+from transfer.classification.labeled_images import NO_LABEL, TrainingImages, ValidationImages, seed_generators
 from transfer.encoders import load_encoder, read_encoder
 
 Command = Callable[..., list[str]]
@@ -197,6 +197,14 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(labeled: Path, make_c
     assert not torch.equal(images[8 + 3].image, first)
     assert not torch.equal(TrainingImages(files, transform, seed=1)[3].image, first)
     assert (images[8 + 5].index, images[8 + 5].label) == (5, 1)
+
+
+def test_operations_of_randaugment_work_at_their_largest_magnitude(make_command: Command) -> None:
+    args = finetune.parse_args(make_command(Path("run"), "--auto-augment", "rand-m10-n20-p1.0-inc1"))
+    transform, image = build_train_transform(args), make_image(40, 30)
+    for number in range(5):
+        seed_generators(number)
+        assert transform(image).isfinite().all()
 
 
 def test_damaged_images_are_replaced_in_training_and_wrong_in_validation(labeled: Path, tmp_path: Path) -> None:

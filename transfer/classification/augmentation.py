@@ -4,7 +4,9 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import NAME_TO_OP
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
@@ -15,6 +17,14 @@ from utils.errors import UsageError
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images (B, 3, S, S) and labels (B,) -> images, and targets (B, classes) that sum to 1."""
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))
+
+
+# At its largest magnitude timm keeps 0 bits, which Pillow 13 refuses and earlier versions turned into a black image.
+NAME_TO_OP.update({name: _posterize for name in NAME_TO_OP if name.startswith("Posterize")})
 
 
 def add_augmentation_arguments(group: argparse._ArgumentGroup) -> None:
