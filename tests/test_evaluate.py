@@ -12,20 +12,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, resnet50
 
 from tests.helpers import run_expecting_usage_error
+from tests.probe_data import write_image
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
 from transfer import evaluate
-from transfer.encoders import EncoderWeights
+from transfer.classification import finetune
+from transfer.encoders import EncoderWeights, untrained_encoder
 from transfer.evaluation.fine_tunings import DEFAULT_NAMES, FINE_TUNINGS
 from transfer.evaluation.recipe_options import add_max_val_images, change_length, parse_options
 from transfer.evaluation.recipe_records import compute_config_checksum
 from transfer.evaluation.runs import FineTuningRun, build_command
-from transfer.evaluation.training_time import ImageFlops, RunLength, estimate_seconds, format_duration
+from transfer.evaluation.training_time import (
+    ImageFlops,
+    RunLength,
+    count_encoder_flops,
+    estimate_seconds,
+    format_duration,
+)
 from transfer.verify import verify
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +45,7 @@ import pathlib, sys
 folder, value = pathlib.Path(sys.argv[1]), 40 + int(sys.argv[2])
 folder.mkdir(exist_ok=True)
 (folder / "results.json").write_text(
-    '{"metrics": {"mIoU": %d}, "bbox": {"AP": %d}, "segm": {"AP": null}}' % (value, value)
+    '{"metrics": {"mIoU": %d}, "bbox": {"AP": %d}, "segm": {"AP": null}, "top1": %d}' % (value, value, value)
 )
 """
 
@@ -122,6 +131,7 @@ class Command:
     """The command in this process, with a small program in place of each fine-tuning, on a machine with 8 GPUs."""
 
     folder: Path
+    arch: str = "resnet50"
     programs: dict[str, str] = field(default_factory=dict)
     """Name of a fine-tuning -> Python code to run instead of `SUCCESS`."""
 
@@ -142,6 +152,9 @@ class Command:
         rows = json.loads((self.out / "results.json").read_text())["results"]
         return {(row["name"], row["metric"]): row for row in rows}
 
+    def read_encoder(self, path: Path, which: str | None) -> EncoderWeights:
+        return EncoderWeights({}, self.arch, {"source_sha256": path.name, "encoder": which or "teacher"})
+
     def build_command(self, _: object, run: FineTuningRun, encoder: EncoderWeights) -> list[str]:
         code = self.programs.get(run.name, SUCCESS)
         return [sys.executable, "-I", "-S", "-c", code, str(run.folder / "run"), str(run.seed)]
@@ -155,17 +168,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sigterm_handler: No
         make_required(tmp_path / fine_tuning.task, name)
     monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path / "segmentation"))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "detection"))
+    monkeypatch.setenv("CLASSIFICATION_DATA", str(tmp_path / "classification"))
     monkeypatch.setattr("transfer.frameworks.find_spec", lambda _: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(evaluate, "read_encoder", read_encoder)
+    monkeypatch.setattr(evaluate, "read_encoder", result.read_encoder)
     monkeypatch.setattr(evaluate, "write_converted", lambda path, *_: path.touch())
     monkeypatch.setattr(evaluate, "verify", lambda *_: "verified")
     monkeypatch.setattr("transfer.evaluation.runs.build_command", result.build_command)
     return result
-
-
-def read_encoder(path: Path, which: str | None) -> EncoderWeights:
-    return EncoderWeights({}, "resnet50", {"source_sha256": path.name, "encoder": which or "teacher"})
 
 
 def make_required(root: Path, name: str) -> list[Path]:
@@ -285,10 +295,11 @@ def test_metric_that_a_run_does_not_have_is_empty(command: Command) -> None:
 def test_each_missing_path_is_named(name: str, command: Command) -> None:
     fine_tuning = FINE_TUNINGS[name]
     root = command.folder / fine_tuning.task
-    assert fine_tuning.why_unavailable("resnet50") == ""
+    arch = fine_tuning.arch or "resnet18"
+    assert fine_tuning.why_unavailable(arch) == ""
     for path, required in zip(make_required(root, name), fine_tuning.dataset.required):
         path.rename(command.folder / "moved")
-        assert fine_tuning.why_unavailable("resnet50") == f"{root / required} does not exist"
+        assert fine_tuning.why_unavailable(arch) == f"{root / required} does not exist"
         (command.folder / "moved").rename(path)
 
 
@@ -314,13 +325,15 @@ def test_partial_data_is_skipped_and_finished_runs_are_kept(command: Command, ca
 def test_nothing_linked_is_said_in_a_short_line(
     command: Command, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transfer.frameworks.find_spec", lambda name: name == "mmseg" or None)
+    monkeypatch.setattr("transfer.frameworks.find_spec", lambda name: name != "detectron2" or None)
     monkeypatch.setenv("SEGMENTATION_DATA", "data")
+    monkeypatch.setenv("CLASSIFICATION_DATA", "labeled")
     monkeypatch.chdir(command.folder)
     assert command.run("--only", *DEFAULT_NAMES) == 2
     output = capsys.readouterr()
     assert output.err.endswith(
-        "no fine-tuning can run: no complete dataset in data; detectron2 is not installed; "
+        "no fine-tuning can run: no complete dataset in data; detectron2 is not installed; no complete dataset in "
+        "labeled; "
         'see "Install" and "Link the data" in transfer/README.md\n'
     )
     assert "skipped ade20k: data/ade/ADEChallengeData2016/images/training does not exist\n" in output.out
@@ -328,9 +341,17 @@ def test_nothing_linked_is_said_in_a_short_line(
     assert not command.out.exists()
 
 
+INAT19_TRAINING_IMAGES = 265_213
+
+
 @pytest.mark.parametrize("name", FINE_TUNINGS)
 def test_required_paths_and_length_are_those_of_the_config(name: str) -> None:
     fine_tuning = FINE_TUNINGS[name]
+    if fine_tuning.task == "classification":
+        args = finetune.parse_args(["checkpoint.pth", "--data-dir", "data"])
+        steps = INAT19_TRAINING_IMAGES // args.batch_size
+        assert fine_tuning.length == RunLength(args.epochs * steps, args.batch_size, steps, epochs=args.epochs)
+        return
     read_config = {"detection": read_detection_config, "segmentation": read_segmentation_config}[fine_tuning.task]
     paths, length = read_config(str(fine_tuning.config_path()))
     assert fine_tuning.length == length
@@ -356,7 +377,10 @@ def read_detection_config(path: str) -> tuple[set[str], RunLength]:
     from detectron2.config import get_cfg
     from detectron2.data import MetadataCatalog
 
+    from transfer.detection.d2_vit import add_vit_config
+
     cfg = get_cfg()
+    add_vit_config(cfg)
     cfg.merge_from_file(path)
     paths = set()
     for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -410,7 +434,7 @@ def test_options_follow_the_recipe_that_is_not_the_released_one(command: Command
 def test_recipes_that_are_not_released_run_on_request_only() -> None:
     assert set(FINE_TUNINGS) - set(DEFAULT_NAMES) == {"voc12aug_imagenet_norm", "cityscapes_imagenet_norm"}
     for fine_tuning in FINE_TUNINGS.values():
-        assert fine_tuning.config_path("SlotFA").is_file()
+        assert not fine_tuning.config or fine_tuning.config_path("SlotFA").is_file()
 
 
 @pytest.fixture
@@ -478,10 +502,12 @@ def test_device_cpu_is_passed_to_the_commands_also_where_there_are_gpus(
             "train_cfg.max_iters=900 train_cfg.val_interval=450 auto_scale_lr.base_batch_size=2",
             (900, 2, 450, 0),
         ),
+        ("classification", "--mixup 0", (25800, 1024, 258, 0, 0, 100)),
+        ("classification", "--epochs=2 --batch-size 256", (2 * 1032, 256, 1032, 0, 0, 2)),
     ],
 )
 def test_options_change_the_length(task: str, options: str, expected: tuple[int, ...]) -> None:
-    fine_tuning = FINE_TUNINGS["coco" if task == "detection" else "voc12aug"]
+    fine_tuning = FINE_TUNINGS[{"detection": "coco", "segmentation": "voc12aug", "classification": "inat19"}[task]]
     assert change_length(fine_tuning, parse_options(task, options), processes=1) == RunLength(*expected)
 
 
@@ -491,14 +517,26 @@ def test_time_is_that_of_training_batch_norm_statistics_and_evaluations() -> Non
     assert estimate_seconds(length, ImageFlops(30, 8), val_images=7, throughput=2) == (1200 + 3 * (200 + 56)) / 2
 
 
-@pytest.mark.parametrize("name", {fine_tuning.flops: name for name, fine_tuning in FINE_TUNINGS.items()}.values())
+COUNTED = {fine_tuning.flops: name for name, fine_tuning in FINE_TUNINGS.items() if fine_tuning.flops}
+
+
+@pytest.mark.parametrize("name", COUNTED.values())
 def test_operations_are_those_of_the_model(name: str) -> None:
     fine_tuning = FINE_TUNINGS[name]
+    assert fine_tuning.flops
     count = {"detection": count_detection, "segmentation": count_segmentation}[fine_tuning.task]
     with torch.device("meta"):  # shapes without memory or arithmetic
         training, evaluation = count(str(fine_tuning.config_path()))
     assert training == pytest.approx(fine_tuning.flops.training, rel=0.01)
     assert evaluation == pytest.approx(fine_tuning.flops.evaluation, rel=0.01)
+
+
+def test_operations_of_an_encoder_are_counted() -> None:
+    """The published numbers count a multiplication with addition as one operation."""
+    for arch, published in (("resnet18", 1.81), ("vit_tiny_patch16_224", 1.26)):
+        flops = count_encoder_flops(arch)
+        assert flops.evaluation == pytest.approx(2 * published, rel=0.02)
+        assert flops.training == 3 * flops.evaluation
 
 
 def count_segmentation(config: str) -> tuple[float, float]:
@@ -514,7 +552,11 @@ def count_segmentation(config: str) -> tuple[float, float]:
     cfg = Config.fromfile(config)
     size = cfg.model.data_preprocessor.size[0]
     windows, width = (8, size) if cfg.model.test_cfg.mode == "slide" else (1, size * 4 // 3)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    divisor = cfg.model.data_preprocessor.get("test_cfg", {}).get("size_divisor", 1)
+    width = -(-width // divisor) * divisor
+    with torch.device("cpu"):  # the ViT reads its drop path rates from a tensor
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model = model.to("meta")
     heads = [head for head in (model.decode_head, getattr(model, "auxiliary_head", None)) if head]
     with FlopCounterMode(display=False) as training:
         features = model.extract_feat(torch.zeros(2, 3, size, size))
@@ -530,7 +572,10 @@ def count_detection(config: str) -> tuple[float, float]:
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
+    from transfer.detection.d2_vit import add_vit_config
+
     cfg = get_cfg()
+    add_vit_config(cfg)
     cfg.merge_from_file(config)
     cfg.MODEL.DEVICE = "meta"
     model = build_model(cfg).eval()  # SyncBN needs several processes for training
@@ -694,6 +739,155 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("coco_vit", "train_net.py --config-file CONFIGS/COCO_ViT_S_FPN_1x_GTSA.yaml --num-gpus 8 MODEL.WEIGHTS"),
+        ("ade20k_vit", "mim_dist_train.sh CONFIGS/ade20k/fpn_vit-s16_512x512_40k_ade20k.py OUT/mmseg.pth 8 --work-dir"),
+    ],
+)
+def test_commands_of_gtsa_name_its_configs(name: str, command: str, tmp_path: Path) -> None:
+    args = evaluate._parse_args(["ckpt.pth", "--out", str(tmp_path), "--gpus", "8"])
+    run = FineTuningRun(name, 0, tmp_path / name / "seed_0", {}, RunLength(9))
+    line = " ".join(build_command(args, run, EncoderWeights({}, "vit_small_patch16_224", {"method": "gtsa"})))
+    configs = str(ROOT / "transfer" / FINE_TUNINGS[name].task / "configs")
+    assert command.replace("CONFIGS", configs).replace("OUT", str(tmp_path)) in line
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launcher", "device"),
+    [(0, "", "cpu"), (1, "", "cuda"), (8, " -m torch.distributed.run --standalone --nproc-per-node=8", "cuda")],
+)
+def test_classification_command_is_the_published_one(gpus: int, launcher: str, device: str, tmp_path: Path) -> None:
+    args = evaluate._parse_args(["ckpt.pth", "--out", str(tmp_path)])
+    args.gpus = gpus
+    options = add_max_val_images(FINE_TUNINGS["inat19"], parse_options("classification", "--epochs 1"), 10)
+    run = FineTuningRun("inat19", 2, tmp_path / "inat19/seed_2", options, RunLength(9))
+    folder = ROOT / "transfer/classification"
+    assert " ".join(build_command(args, run, EncoderWeights({}, "resnet18", {}))) == (
+        f"{sys.executable}{launcher} {folder}/finetune.py {tmp_path}/timm.pth --dataset inat19 "
+        f"--data-dir {folder}/data/inat19 --output-dir {run.folder}/run --seed 2 --auto-resume --device {device} "
+        "--max-val-images 10 --epochs 1"
+    )
+
+
+RESNET50_ROWS = {name for name, fine_tuning in FINE_TUNINGS.items() if fine_tuning.arch == "resnet50"}
+VIT_ROWS = {"coco_vit", "ade20k_vit"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "skipped"),
+    [
+        ("resnet50", VIT_ROWS),
+        ("vit_small_patch16_224", RESNET50_ROWS),
+        ("vit_base_patch16_224", VIT_ROWS | RESNET50_ROWS),
+        ("vit_small_patch8_224", VIT_ROWS | RESNET50_ROWS),
+        ("resnet18", VIT_ROWS | RESNET50_ROWS),
+    ],
+)
+def test_fine_tunings_for_other_architectures_are_skipped(
+    arch: str, skipped: set[str], command: Command, capsys: CAPSYS
+) -> None:
+    command.arch = arch
+    assert command.run("--only", *FINE_TUNINGS) == 0
+    output = capsys.readouterr().out
+    for name, fine_tuning in FINE_TUNINGS.items():
+        rows = [row for (row_name, _), row in command.rows().items() if row_name == name]
+        reason = f"the config is for {fine_tuning.arch}, and the encoder is {arch}"
+        assert (f"skipped {name}: {reason}\n" in output) == (name in skipped)
+        assert {row["note"] for row in rows} <= ({f"skipped: {reason}"} if name in skipped else NO_NOTES)
+
+
+NO_NOTES = {"", "the run has no such metric"}
+
+
+def test_encoder_that_no_requested_config_is_for_is_refused(command: Command, capsys: CAPSYS) -> None:
+    command.arch = "vit_base_patch16_224"
+    assert command.run("--only", "coco", "coco_vit") == 2
+    error = capsys.readouterr().err
+    assert error.endswith("no fine-tuning can run: none of these configs is for vit_base_patch16_224\n")
+    assert not command.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "published", "source"),
+    [
+        (
+            "resnet50",
+            {("coco", "box AP"): 41.0, ("coco", "mask AP"): 37.0},
+            "SlotCon, 800 epochs on COCO (arXiv 2205.15288)",
+        ),
+        (
+            "vit_small_patch16_224",
+            {
+                ("coco_vit", "box AP"): 35.8,
+                ("coco_vit", "mask AP"): 33.5,
+                ("ade20k_vit", "mIoU"): 30.6,
+                ("inat19", "top-1"): 59.7,
+            },
+            "GTSA, ViT-S/16, 100 epochs on COCO (arXiv 2304.08014)",
+        ),
+    ],
+)
+def test_published_numbers_are_those_of_the_architecture(
+    arch: str, published: dict[tuple[str, str], float], source: str, command: Command
+) -> None:
+    command.arch = arch
+    names = ("coco", "cityscapes_instances", "coco_vit", "ade20k_vit", "inat19")
+    assert command.run("--only", *names) == 0
+    rows = command.rows()
+    assert {key: row["published"] for key, row in rows.items() if row["published"]} == published
+    assert {row["published_by"] for row in rows.values()} == {source, None}
+    text = (command.out / "results.md").read_text()
+    assert text.endswith(f"\n\npublished: {source}\n")
+    options = ("--out", str(command.folder / "other"), "--classification-options=--epochs 1", "--only", "inat19")
+    assert command.run(*options) == 0
+    table = (command.folder / "other/results.md").read_text()
+    assert "| changed: --epochs=1 |" in table.replace("this project's, ", "")
+    assert "published: " not in table
+
+
+@pytest.mark.usefixtures("sigterm_handler")
+def test_vit_is_fine_tuned_on_labeled_images(
+    command: Command, tmp_path: Path, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fine-tuning is that of the published command, but in this process."""
+
+    def run_command(arguments: list[str], _: object) -> int:
+        finetune.main(arguments[2:])
+        return 0
+
+    monkeypatch.undo()
+    monkeypatch.setenv("CLASSIFICATION_DATA", str(make_inat19(tmp_path / "labeled")))
+    monkeypatch.setattr("transfer.evaluation.runs.run_command", run_command)
+    monkeypatch.setattr("transfer.evaluation.plan.measure_throughput", lambda: 100.0)
+    weights = untrained_encoder("vit_tiny_patch32_224", seed=0).weights
+    torch.save({f"encoder_k.{name}": value for name, value in weights.items()}, tmp_path / "checkpoint.pth")
+    options = "--epochs 1 --batch-size 2 --image-size 32 --num-workers 0"
+    flags = ("--device", "cpu", "--only", "inat19", "coco_vit", "--max-val-images", "2")
+    assert command.run(*flags, f"--classification-options={options}") == 0
+    output = capsys.readouterr().out
+    assert "timm.pth: features differ by 0" in output
+    plan = next(line for line in output.splitlines() if line.startswith("inat19"))
+    assert plan.split()[:8] == ["inat19", "1", "132,096", "x", "2", "1", "x", "2"]
+    row = command.rows()["inat19", "top-1"]
+    assert row["values"] in ([0], [50], [100])
+    changes = "--max-val-images=2 --epochs=1 --batch-size=2 --image-size=32 --num-workers=0"
+    assert row["recipe"] == f"this project's, changed: {changes}"
+
+
+def make_inat19(root: Path) -> Path:
+    """Write `inat19` below `root`, with four training and three validation images of two classes."""
+    for split, count in (("train", 4), ("val", 3)):
+        images = [{"id": number, "file_name": f"train_val2019/{split}_{number}.jpg"} for number in range(count)]
+        annotations = [{"image_id": number, "category_id": number % 2} for number in range(count)]
+        for image in images:
+            write_image(root / "inat19" / str(image["file_name"]), np.zeros((40, 48, 3)))
+        content = {"images": images, "annotations": annotations}
+        (root / f"inat19/{split}2019.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--seeds", "0"], "--seeds"),
@@ -714,6 +908,10 @@ def test_commands_are_the_published_ones(tmp_path: Path) -> None:
         (["--detection-options", "SOLVER.MAX_ITER 1e3"], "SOLVER.MAX_ITER is '1e3', not a whole number"),
         (["--segmentation-options", "train_cfg.max_iters"], "train_cfg.max_iters is not supported; only KEY=VALUE"),
         (["--segmentation-options", "a='"], "no closing quotation"),
+        (["--classification-options=--output-dir x"], "--output-dir cannot be changed"),
+        (["--classification-options=--epochs 1 2"], "2 is not supported; only flags of finetune.py"),
+        (["--classification-options", "epochs=1"], "epochs=1 is not supported; only flags of finetune.py"),
+        (["--only", "inat19", "--classification-options=--epochs few"], "--epochs is 'few', not a whole number"),
         (["--only", "voc"], "--only"),
     ],
 )
@@ -731,7 +929,7 @@ def test_missing_gpu_is_reported(without_gpu: Command, capsys: CAPSYS) -> None:
 
 def test_encoder_of_another_architecture_is_refused(tmp_path: Path, capsys: CAPSYS) -> None:
     torch.save(resnet18().state_dict(), tmp_path / "checkpoint.pth")
-    argv = [str(tmp_path / "checkpoint.pth"), "--out", str(tmp_path / "out")]
+    argv = [str(tmp_path / "checkpoint.pth"), "--out", str(tmp_path / "out"), "--only", "coco", "voc12aug"]
     error = run_expecting_usage_error(evaluate.main, argv, capsys)
     assert "no fine-tuning can run: the config is for resnet50, and the encoder is resnet18" in error
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

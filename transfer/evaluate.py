@@ -106,7 +106,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-val-images",
         type=at_least(1),
         metavar="N",
-        help="evaluate on the first N images only (default: all); cityscapes_instances always uses all",
+        help="evaluate on N images only (default: all); cityscapes_instances always uses all",
     )
     group.add_argument(
         "--detection-options",
@@ -120,6 +120,12 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="OPTIONS",
         default="",
         help="overrides for mmsegmentation's --cfg-options, such as 'train_cfg.max_iters=900'",
+    )
+    group.add_argument(
+        "--classification-options",
+        metavar="OPTIONS",
+        default="",
+        help="more flags of finetune.py; --classification-options='--epochs 1' needs the equals sign",
     )
 
 
@@ -141,11 +147,11 @@ def evaluate(args: argparse.Namespace) -> bool:
     skipped = {run.name: run.fine_tuning.why_unavailable(encoder.arch) for run in runs}
     if (args.out / "evaluated.json").exists():
         _write_tables(args, skipped, options, encoder)  # also if no fine-tuning can run
-    _report_skipped(args, skipped)
+    _report_skipped(args, skipped, encoder.arch)
     runs = [run for run in runs if not skipped[run.name]]
     _report_all_images(args, runs)
     if runs and not args.gpus:
-        print_plan(runs)
+        print_plan(runs, encoder.arch)
         if args.device != "cpu":
             raise UsageError("no GPU found; add --device cpu to start these runs on the CPU")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -226,11 +232,12 @@ def _list_unfinished(args: argparse.Namespace, options: dict[str, Options]) -> l
     return [run for run in runs if not (run.folder / "done.json").exists()]
 
 
-def _report_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> None:
+def _report_skipped(args: argparse.Namespace, skipped: dict[str, str], arch: str) -> None:
     """Print why fine-tunings are skipped.
 
     Args:
         skipped: name of each fine-tuning with unfinished runs -> why it cannot run; empty if it can.
+        arch: the architecture of the encoder.
 
     Raises:
         UsageError: none of the requested fine-tunings can run or has a result.
@@ -243,7 +250,9 @@ def _report_skipped(args: argparse.Namespace, skipped: dict[str, str]) -> None:
     for name, reason in reasons.items():
         print(f"skipped {name}: {reason}", flush=True)
     if nothing_to_do:
-        tasks = dict.fromkeys(FINE_TUNINGS[name].task for name in reasons)
+        tasks = dict.fromkeys(FINE_TUNINGS[name].task for name in reasons if FINE_TUNINGS[name].takes(arch))
+        if not tasks:
+            raise UsageError(f"no fine-tuning can run: none of these configs is for {arch}")
         missing = "; ".join(
             f"no complete dataset in {data_root(task)}" if is_installed(task) else f"{PACKAGES[task]} is not installed"
             for task in tasks
@@ -280,7 +289,8 @@ def _write_tables(
     rows = []
     for name, fine_tuning in FINE_TUNINGS.items():
         recipe = describe_recipe(fine_tuning, options[name])
-        rows += collect_rows(args.out, name, args.seeds if name in skipped else 0, skipped.get(name, ""), recipe)
+        seeds, reason = args.seeds if name in skipped else 0, skipped.get(name, "")
+        rows += collect_rows(args.out, name, encoder.arch, seeds, reason, recipe)
     write_json(args.out / "results.json", {"checkpoint": encoder.provenance, "results": rows})
     text = f"# {args.checkpoint} ({encoder.provenance['encoder']})\n\n{format_table(rows)}"
     atomic_write_text(args.out / "results.md", text)

@@ -1,7 +1,10 @@
 """The files of the datasets that evaluate.py fine-tunes on, in the layouts that the configs read."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -11,17 +14,30 @@ class DatasetFiles:
     required: tuple[str, ...]
     """All files and folders that a config reads."""
     val_images: str
-    """The images of the evaluation, or a text file with one of them in each line."""
+    """The images of the evaluation, or a file that lists them: text with one in each line, or JSON like COCO's."""
 
     def find_missing(self, root: Path) -> Path | None:
         """Return the first required path that does not exist below `root`; None if there is none."""
         return next((root / path for path in self.required if next(root.glob(path), None) is None), None)
 
     def count_val_images(self, root: Path) -> int:
-        """Return the number of images of the evaluation."""
+        """Return the number of images of the evaluation.
+
+        Raises:
+            UsageError: the file that lists them is damaged.
+        """
         if self.val_images.endswith(".txt"):
             return len((root / self.val_images).read_text().split())
+        if self.val_images.endswith(".json"):
+            return _count_listed_images(root / self.val_images)
         return sum(1 for _ in root.glob(self.val_images))
+
+
+def _count_listed_images(path: Path) -> int:
+    try:
+        return len(json.loads(path.read_text())["images"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path}: damaged, it lists no images; download it again") from None
 
 
 COCO = DatasetFiles(
@@ -65,4 +81,8 @@ ADE20K = DatasetFiles(
         for split in ("training", "validation")
     ),
     "ade/ADEChallengeData2016/images/validation/*.jpg",
+)
+INAT19 = DatasetFiles(
+    ("inat19/train_val2019", "inat19/train2019.json", "inat19/val2019.json"),
+    "inat19/val2019.json",
 )

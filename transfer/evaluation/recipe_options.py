@@ -1,16 +1,16 @@
-"""The options of evaluate.py that change recipes: --detection-options, --segmentation-options, --max-val-images."""
+"""The options of evaluate.py that change recipes: --max-val-images, and one for each task, as --detection-options."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from transfer.evaluation.fine_tunings import RELEASED, FineTuning
-from transfer.evaluation.training_time import RunLength
+from transfer.evaluation.training_time import RunLength, change_epochs
 from transfer.frameworks import CONFIG_GPUS
 from utils.errors import UsageError
 
 Options = Mapping[str, str]
-"""Key of a config, or flag of train_net.py or train.py -> its value; the value of --auto-scale is empty."""
+"""Key of a config, or flag of train_net.py, train.py or finetune.py -> its value, empty for a flag without one."""
 
 _RESERVED_KEYS = {
     "detection": ("MODEL.WEIGHTS", "OUTPUT_DIR", "SEED"),
@@ -25,8 +25,21 @@ _RESERVED_KEYS = {
         "model.backbone.init_cfg",
         "model.backbone.pretrained",
     ),
+    "classification": (
+        "--encoder",
+        "--dataset",
+        "--data-dir",
+        "--output-dir",
+        "--seed",
+        "--device",
+        "--auto-resume",
+        "--resume",
+        "--allow-changes",
+        "--eval-only",
+        "--max-val-images",
+    ),
 }
-"""Task -> the keys of weights, folders and seeds, which the commands of evaluate.py set."""
+"""Task -> the keys of weights, data, folders and seeds, which the commands of evaluate.py set."""
 
 _LENGTH_KEYS = {
     "detection": {
@@ -42,23 +55,29 @@ _LENGTH_KEYS = {
         "eval_period": "train_cfg.val_interval",
         "max_val_images": "--max-val-images",
     },
+    "classification": {
+        "epochs": "--epochs",
+        "batch_size": "--batch-size",
+        "max_val_images": "--max-val-images",
+    },
 }
 """Task -> field of `RunLength` -> the option that sets it."""
 
 
 def parse_options(task: str, text: str) -> Options:
-    """Parse the value of --detection-options or --segmentation-options.
+    """Parse the value of --detection-options, --segmentation-options or --classification-options.
 
     Raises:
-        UsageError: it is not KEY VALUE pairs and --auto-scale, or for segmentation KEY=VALUE words, because other flags
-            would break or repeat those of the published commands; or a key is one that evaluate.py sets.
+        UsageError: it is not KEY VALUE pairs and --auto-scale for detection, because other flags would break or repeat
+            those of the published commands, KEY=VALUE words for segmentation, or flags for classification; or a key is
+            one that evaluate.py sets.
     """
     flag = f"--{task}-options"
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UsageError(f"{flag} {text}: {str(error).lower()}") from None
-    options = (_parse_pairs if task == "detection" else _parse_assignments)(flag, words)
+    options = _PARSERS[task](flag, words)
     for reserved in _RESERVED_KEYS[task]:
         if key := next((key for key in options if key == reserved or key.startswith(f"{reserved}.")), None):
             raise UsageError(f"{flag}: {key} cannot be changed, because this command sets it for each run")
@@ -81,6 +100,26 @@ def _parse_assignments(flag: str, words: list[str]) -> Options:
     if wrong := next((word for word in words if "=" not in word or word.startswith("-")), None):
         raise UsageError(f"{flag}: {wrong} is not supported; only KEY=VALUE")
     return dict(word.split("=", 1) for word in words)
+
+
+def _parse_flags(flag: str, words: list[str]) -> Options:
+    options: dict[str, str] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            options[name] = value
+        elif options and not options[name]:
+            options[name] = word
+        else:
+            raise UsageError(f"{flag}: {word} is not supported; only flags of finetune.py, each with at most one value")
+    return options
+
+
+_PARSERS: dict[str, Callable[[str, list[str]], Options]] = {
+    "detection": _parse_pairs,
+    "segmentation": _parse_assignments,
+    "classification": _parse_flags,
+}
 
 
 def add_max_val_images(fine_tuning: FineTuning, options: Options, count: int | None) -> Options:
@@ -112,6 +151,9 @@ def change_length(fine_tuning: FineTuning, options: Options, processes: int) -> 
         if not options[key].isdecimal():
             raise UsageError(f"--{fine_tuning.task}-options: {key} is '{options[key]}', not a whole number")
     length = replace(fine_tuning.length, **{field: int(options[key]) for field, key in given.items()})
+    if length.epochs:
+        changed = change_epochs(fine_tuning.length, length.epochs, length.batch_size)
+        return replace(changed, max_val_images=length.max_val_images)
     if "--auto-scale" not in options:
         return length
     factor = processes / CONFIG_GPUS

@@ -10,11 +10,14 @@ from transfer.evaluation.fine_tunings import FineTuning
 from transfer.evaluation.recipe_options import Options, describe_recipe
 from utils.errors import UsageError
 
+_CHECKPOINTS = ("last_checkpoint", "current.pth")
+"""Files with the last checkpoint of a run, or with its name; the latter is that of classification."""
+
 
 def make_record(fine_tuning: FineTuning, options: Options) -> dict[str, Any]:
-    """Return what identifies a recipe: the text of the table, the options, and the checksum of the config."""
-    recipe, checksum = describe_recipe(fine_tuning, options), compute_config_checksum(fine_tuning.config_path())
-    return {"recipe": recipe, "options": dict(options), "config_sha256": checksum}
+    """Return what identifies a recipe: the text of the table, the options, and the checksum of the config, if any."""
+    checksum = compute_config_checksum(fine_tuning.config_path()) if fine_tuning.config else ""
+    return {"recipe": describe_recipe(fine_tuning, options), "options": dict(options), "config_sha256": checksum}
 
 
 def compute_config_checksum(path: Path) -> str:
@@ -51,7 +54,7 @@ def check_record(folder: Path, record: dict[str, Any]) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Return whether the run in a folder can be resumed."""
-    return (folder / "run" / "last_checkpoint").exists()
+    return any((folder / "run" / name).exists() for name in _CHECKPOINTS)
 
 
 def read_started(folder: Path) -> dict[str, Any]:

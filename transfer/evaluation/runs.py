@@ -18,14 +18,20 @@ from transfer.evaluation.fine_tunings import FINE_TUNINGS, FineTuning
 from transfer.evaluation.recipe_options import Options
 from transfer.evaluation.recipe_records import has_checkpoint, make_record
 from transfer.evaluation.training_time import RunLength
-from transfer.frameworks import TRANSFER
+from transfer.frameworks import TRANSFER, data_root
 from transfer.results import write_json
 
-CONVERTED = {"detection": ("detectron2", "detectron2.pkl"), "segmentation": ("mmseg", "mmseg.pth")}
+CONVERTED = {
+    "detection": ("detectron2", "detectron2.pkl"),
+    "segmentation": ("mmseg", "mmseg.pth"),
+    "classification": ("timm", "timm.pth"),
+}
 """Task -> the format of `transfer.formats`, and the file in --out."""
 
 _EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)(?<!ChildFailedError)(:.*)?")
 """The last line of a traceback. torchrun's ChildFailedError only says that one of its processes failed."""
+
+_USAGE_ERRORS = ("train.py: ", "train_net.py: ", "finetune.py: ")
 
 _MAX_REASON = 120
 """Characters of the reason of a failure in the table."""
@@ -125,7 +131,7 @@ def _find_reason(status: int, log: str) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     lines = [line.strip() for line in log.splitlines() if re.search(r"\w", line)]
-    usage_errors = [line for line in lines if line.startswith(("train.py: ", "train_net.py: "))]
+    usage_errors = [line for line in lines if line.startswith(_USAGE_ERRORS)]
     exceptions = [line for line in lines if _EXCEPTION.fullmatch(line)]
     reason = " ".join((usage_errors or exceptions or lines or ["no output"])[-1].split())
     if len(reason) <= _MAX_REASON:
@@ -136,20 +142,46 @@ def _find_reason(status: int, log: str) -> str:
 
 def build_command(args: argparse.Namespace, run: FineTuningRun, encoder: EncoderWeights) -> list[str]:
     """Return the published command of a fine-tuning, as a user would type it."""
-    task, output = run.fine_tuning.task, run.folder / "run"
+    task = run.fine_tuning.task
+    weights = str(args.out / CONVERTED[task][1])
+    if task == "classification":
+        return _classification_command(args.gpus, weights, run)
     method = "SlotFA" if encoder.provenance.get("method") == "slotfa" else "SlotCon"
     config = str(run.fine_tuning.config_path(method))
-    weights = str(args.out / CONVERTED[task][1])
-    flags = [word for item in run.options.items() if item[0].startswith("--") for word in item if word]
-    flags += ["--resume"] if has_checkpoint(run.folder) else []
-    overrides = {key: value for key, value in run.options.items() if not key.startswith("--")}
-    if task == "detection":
-        command = [sys.executable, str(TRANSFER / "detection" / "train_net.py"), "--config-file", config]
-        command += ["--num-gpus", str(args.gpus), *flags]
-        command += ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), "SEED", str(run.seed)]
-        return [*command, *(word for item in overrides.items() for word in item)]
-    command = ["bash", str(TRANSFER / "segmentation" / "mim_dist_train.sh"), config, weights, str(args.gpus)]
-    command += ["--work-dir", str(output), "--seed", str(run.seed), *flags]
-    return (
-        [*command, "--cfg-options", *(f"{key}={value}" for key, value in overrides.items())] if overrides else command
-    )
+    return (_detection_command if task == "detection" else _segmentation_command)(args.gpus, config, weights, run)
+
+
+def _detection_command(gpus: int, config: str, weights: str, run: FineTuningRun) -> list[str]:
+    command = [sys.executable, str(TRANSFER / "detection" / "train_net.py"), "--config-file", config]
+    command += ["--num-gpus", str(gpus), *_flags(run), *_resume(run)]
+    command += ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(run.folder / "run"), "SEED", str(run.seed)]
+    return [*command, *(word for item in _overrides(run).items() for word in item)]
+
+
+def _segmentation_command(gpus: int, config: str, weights: str, run: FineTuningRun) -> list[str]:
+    command = ["bash", str(TRANSFER / "segmentation" / "mim_dist_train.sh"), config, weights, str(gpus)]
+    command += ["--work-dir", str(run.folder / "run"), "--seed", str(run.seed), *_flags(run), *_resume(run)]
+    overrides = [f"{key}={value}" for key, value in _overrides(run).items()]
+    return [*command, "--cfg-options", *overrides] if overrides else command
+
+
+def _classification_command(gpus: int, weights: str, run: FineTuningRun) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    command = [sys.executable, *launcher, str(TRANSFER / "classification" / "finetune.py"), weights]
+    command += ["--dataset", run.name, "--data-dir", str(data_root("classification") / run.name)]
+    command += ["--output-dir", str(run.folder / "run"), "--seed", str(run.seed), "--auto-resume"]
+    return [*command, "--device", "cuda" if gpus else "cpu", *_flags(run)]
+
+
+def _flags(run: FineTuningRun) -> list[str]:
+    """Return the options that are flags of the command, and their values."""
+    return [word for item in run.options.items() if item[0].startswith("--") for word in item if word]
+
+
+def _overrides(run: FineTuningRun) -> Options:
+    """Return the options that are keys of the config."""
+    return {key: value for key, value in run.options.items() if not key.startswith("--")}
+
+
+def _resume(run: FineTuningRun) -> list[str]:
+    return ["--resume"] if has_checkpoint(run.folder) else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from transfer.evaluation.fine_tunings import FINE_TUNINGS, PUBLISHED, RELEASED
+from transfer.evaluation.fine_tunings import FINE_TUNINGS, FineTuning, Published
 from transfer.evaluation.recipe_records import read_started
 from transfer.evaluation.runs import find_run_folders, run_folder
 
@@ -15,10 +15,11 @@ _MAX_RECIPE = 60
 """Characters of a recipe in the table."""
 
 
-def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) -> list[dict[str, Any]]:
+def collect_rows(out: Path, name: str, arch: str, seeds: int, skipped: str, recipe: str) -> list[dict[str, Any]]:
     """Return a row for each metric of a fine-tuning: its values by seed, their mean, and a note on missing runs.
 
     Args:
+        arch: the architecture of the encoder; published numbers of others are left out.
         seeds: number of runs of this call, with the seeds 0, 1, ...; all runs in the folder count as well.
         skipped: why this call cannot run those that have not finished; empty if it can.
         recipe: the recipe of this call, for a fine-tuning of which no run was started.
@@ -30,19 +31,28 @@ def collect_rows(out: Path, name: str, seeds: int, skipped: str, recipe: str) ->
     folders = list(dict.fromkeys([*requested, *find_run_folders(out, name)]))
     done = [json.loads((path / "done.json").read_text()) for path in folders if (path / "done.json").exists()]
     note = "; ".join(_describe_missing(folders, skipped))
-    common = {"name": name, "title": FINE_TUNINGS[name].title}
+    fine_tuning = FINE_TUNINGS[name]
+    common = {"name": name, "title": fine_tuning.title}
     records = done or [record for path in folders if (record := read_started(path))] or [{"recipe": recipe}]
     common["recipe"] = "; ".join(dict.fromkeys(run.get("recipe", "unknown") for run in records))
     rows = []
-    for metric, keys in FINE_TUNINGS[name].metrics.items() if folders else ():
+    published = _find_published(fine_tuning, arch, common["recipe"])
+    for metric, keys in fine_tuning.metrics.items() if folders else ():
         values = [value for run in done if (value := _look_up(run["results"], keys)) is not None]
         row: dict[str, Any] = common | {"metric": metric, "values": values, "runs": len(done)}
         row["mean"] = statistics.fmean(values) if values else None
         row["std"] = statistics.stdev(values) if len(values) > 1 else None
-        row["published"] = PUBLISHED.get((name, metric)) if row["recipe"] == RELEASED else None
+        row["published"] = published.values.get(metric) if published else None
+        row["published_by"] = published.source if published else None
         row["note"] = note or ("" if values else "the run has no such metric")
         rows.append(row)
     return rows
+
+
+def _find_published(fine_tuning: FineTuning, arch: str, recipe: str) -> Published | None:
+    """Return the published numbers, if they are of this architecture and the recipe is unchanged."""
+    published = fine_tuning.published
+    return published if published and arch == published.arch and recipe == fine_tuning.recipe else None
 
 
 def _describe_missing(folders: list[Path], skipped: str) -> list[str]:
@@ -67,7 +77,7 @@ def _look_up(results: Any, keys: str) -> float | None:
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table, with the mean and the sample standard deviation over the seeds.
 
-    Long recipes follow below it.
+    The sources of published numbers and long recipes follow below it.
     """
     long_recipes = [recipe for recipe in dict.fromkeys(row["recipe"] for row in rows) if len(recipe) > _MAX_RECIPE]
     footnotes = {recipe: f"[{number}]" for number, recipe in enumerate(long_recipes, start=1)}
@@ -81,6 +91,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             recipe = f"{recipe.partition(':')[0]} {footnotes[recipe]}"
         texts = (row["title"], row["metric"], mean + std, row["runs"], recipe, published, row["note"])
         cells.append([str(text).replace("|", r"\|") for text in texts])
-    headers = ("fine-tuning", "metric", "mean ± std", "runs", "recipe", "SlotCon paper, COCO 800 ep.", "note")
+    headers = ("fine-tuning", "metric", "mean ± std", "runs", "recipe", "published", "note")
     table = tabulate(cells, headers, tablefmt="github", disable_numparse=True) + "\n"
+    sources = dict.fromkeys(row["published_by"] for row in rows if row["published_by"])
+    table += "".join(f"\npublished: {source}\n" for source in sources)
     return table + "".join(f"\n{footnote} {recipe}\n" for recipe, footnote in footnotes.items())

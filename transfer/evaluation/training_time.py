@@ -1,13 +1,14 @@
 """Estimate how long a fine-tuning takes on this machine's CPU, from its arithmetic and a measured speed."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones import build_encoder
 
+_ENCODER_SIZE = 224
 _UNITS = {"day": 86400, "hour": 3600, "minute": 60}
 
 
@@ -23,6 +24,8 @@ class RunLength:
     """Batches from which the batch-norm statistics are computed again before each evaluation."""
     max_val_images: int = 0
     """Largest number of images of an evaluation; 0 for all."""
+    epochs: int = 0
+    """Passes over the training images, which the iterations follow from; 0 for a recipe in iterations."""
 
     @property
     def evaluations(self) -> int:
@@ -38,6 +41,24 @@ class ImageFlops:
     """Forward and backward pass of an image at the size that the config trains on."""
     evaluation: float
     """Forward pass of an image at the size that the config evaluates on."""
+
+
+def change_epochs(length: RunLength, epochs: int, batch_size: int) -> RunLength:
+    """Return a length in epochs, with an evaluation after each, for another number of epochs and another batch."""
+    images = length.iterations * length.batch_size / length.epochs
+    steps = max(1, round(images / batch_size))
+    return replace(length, iterations=epochs * steps, batch_size=batch_size, eval_period=steps, epochs=epochs)
+
+
+def count_encoder_flops(arch: str) -> ImageFlops:
+    """Count the operations of an encoder on an image of about 224 px, which a ViT's patches divide."""
+    with torch.device("meta"):  # without memory and arithmetic
+        network = build_encoder(arch)
+        size = _ENCODER_SIZE // network.stride * network.stride
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, 3, size, size))
+    forward = counter.get_total_flops() / 1e9
+    return ImageFlops(training=3 * forward, evaluation=forward)  # a backward pass takes twice as much
 
 
 def estimate_seconds(length: RunLength, flops: ImageFlops, val_images: int, throughput: float) -> float:
