@@ -115,6 +115,8 @@ class GTSA(Method):
         self.projector_q, self.projector_k = (ConvHead(dims, residual=True) for _ in range(2))
         self.predictor = ConvHead((args.dim_out,) * 3, residual=False)
         self.rotation_head = RotationHead(self.encoder_q.width)
+        if not args.rotation_weight:
+            self.rotation_head.requires_grad_(False)  # it has no gradient then, which DDP expects of all parameters
         for student, teacher in self._student_teacher_pairs():
             copy_and_freeze(student, teacher)
 

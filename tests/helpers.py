@@ -21,6 +21,7 @@ from torch import nn
 
 from models import METHODS, build_method
 from models.backbones import Encoder
+from models.vit import ViTEncoder
 from utils import distributed
 from utils.batch import Batch, ViewRecord
 
@@ -53,9 +54,6 @@ METHOD_FLAGS = {
 }
 """The flags of every method and preset."""
 
-SMALL_VIT = ["--arch", "vit_tiny_patch16_224", "--image-size", "32"]
-"""The flags of the ViT that costs least, with maps of 2 x 2 cells."""
-
 
 class SmallEncoder(Encoder, nn.Sequential):
     """An encoder that costs nearly nothing; the fixture `small_encoder` puts it in the place of a ResNet."""
@@ -66,16 +64,24 @@ class SmallEncoder(Encoder, nn.Sequential):
         super().__init__(nn.Conv2d(3, self.width, 8, 8), nn.BatchNorm2d(self.width), nn.ReLU())
 
 
+def build_small_vit(_arch: str, _output_stride: int = 32, drop_path: float = 0.0) -> ViTEncoder:
+    """Build a ViT of two blocks with patches of 16 px, in the place of `build_encoder`."""
+    sizes = {"patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    vit = ViTEncoder(**sizes, dynamic_img_size=True, drop_path_rate=drop_path)
+    vit.width, vit.stride = 24, 16
+    return vit
+
+
 @contextmanager
-def use_small_encoder() -> Iterator[None]:
-    """Build the encoders of all methods as `SmallEncoder`."""
-    with patch("models.slotcon.build_encoder", SmallEncoder), patch("models.gtsa.build_encoder", SmallEncoder):
+def use_small_encoder(build: Callable[..., Encoder] = SmallEncoder) -> Iterator[None]:
+    """Build the encoders of all methods as `SmallEncoder`, or by `build`."""
+    with patch("models.slotcon.build_encoder", build), patch("models.gtsa.build_encoder", build):
         yield
 
 
-def build_small_method(args: argparse.Namespace) -> Any:
-    """Build a method with `SmallEncoder`, also in other processes, where fixtures have no effect."""
-    with use_small_encoder():
+def build_small_method(args: argparse.Namespace, build: Callable[..., Encoder] = SmallEncoder) -> Any:
+    """Build a method with `SmallEncoder` or `build`, also in other processes, where fixtures have no effect."""
+    with use_small_encoder(build):
         return build_method(args)
 
 

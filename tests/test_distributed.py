@@ -13,7 +13,15 @@ import main_pretrain
 from models.grouping import occupied, prototype_scores
 from models.heads import SlotPredictor
 from models.norm import synchronize_batch_norms
-from tests.helpers import TINY, build_small_method, make_batch, run_on_two_ranks, shard
+from tests.helpers import (
+    build_small_method,
+    build_small_vit,
+    make_batch,
+    make_method_batch,
+    run_on_two_ranks,
+    shard,
+    tiny_flags,
+)
 from utils import distributed
 from utils.batch import Batch
 from utils.errors import UsageError
@@ -26,7 +34,7 @@ MASKS = {"many": range(0, 16, 3), "one": [9], "one_each": [2, 9], "none": []}
 
 
 def parse(*flags: str) -> argparse.Namespace:
-    return main_pretrain.parse_args([*TINY, *flags])
+    return main_pretrain.parse_args(tiny_flags(*flags))
 
 
 def make_double_batch() -> Batch:
@@ -123,10 +131,41 @@ def step_without_queries_on_rank_0() -> Result:
     return {"contrast": output["loss/contrast"], "gradients": gradients}
 
 
-def step_without_contrast() -> Result:
-    method = build_small_method(parse("--group-loss-weight", "1"))
-    distributed.wrap_ddp(method, CPU)(shard(make_batch(6)))["loss"].backward()
-    return {"without_gradient": [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]}
+UNUSED_PARTS = {
+    "no contrast": ["--group-loss-weight", "1"],
+    "no rotation loss, correspondence loss not started": ["--method", "gtsa", "--rotation-weight", "0"],
+}
+
+
+def steps_without_a_part() -> Result:
+    """Take two DDP steps each; the second one is an error if a trained parameter had no gradient in the first."""
+    names = {}
+    for name, flags in UNUSED_PARTS.items():
+        args = parse(*flags)
+        method = build_small_method(args)
+        model = distributed.wrap_ddp(method, CPU)
+        for _ in range(2):
+            model(shard(make_method_batch(args)))["loss"].backward()
+        names[name] = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    return names
+
+
+def step_of_gtsa() -> Result:
+    """Take a DDP step of GTSA with all losses on a ViT, whose views all meet."""
+    torch.manual_seed(0)
+    args = parse("--method", "gtsa", "--drop-path", "0", "--correspondence-epoch", "0")
+    method = build_small_method(args, build_small_vit).double()
+    with torch.no_grad():
+        for name, parameter in method.named_parameters():
+            if "_k." in name:  # a teacher that lags behind
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model = distributed.wrap_ddp(method, CPU)
+    batch = make_method_batch(args)
+    batch.views = [view.double() for view in batch.views]
+    output = model(shard(batch))
+    output["loss"].backward()
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    return {"output": {name: value.detach() for name, value in output.items()}, "gradients": gradients}
 
 
 def check_flags() -> Result:
@@ -141,7 +180,8 @@ FUNCTIONS = (
     predict_masked_rows,
     guard_and_report,
     step_without_queries_on_rank_0,
-    step_without_contrast,
+    steps_without_a_part,
+    step_of_gtsa,
     check_flags,
 )
 
@@ -210,9 +250,26 @@ def test_a_rank_without_queries_has_no_contrast_and_takes_part(ranks: list[Resul
     assert torch.equal(first["gradients"], second["gradients"])
 
 
-def test_disabled_contrast_leaves_no_trained_parameter_without_gradient(ranks: list[Result]) -> None:
+@pytest.mark.parametrize("part", UNUSED_PARTS)
+def test_parts_without_a_loss_leave_no_trained_parameter_without_gradient(part: str, ranks: list[Result]) -> None:
     for rank in ranks:
-        assert rank["step_without_contrast"]["without_gradient"] == []
+        assert rank["steps_without_a_part"][part] == []
+
+
+def test_ranks_have_the_losses_and_the_gradient_of_gtsa_of_one_process(ranks: list[Result]) -> None:
+    """The crop loss is a mean over the images whose views meet; here all do, so that ranks count equally."""
+    first, second = (rank["step_of_gtsa"] for rank in ranks)
+    expected = step_of_gtsa()
+    assert {"loss/crop", "loss/correspondence", "loss/rotation", "rotation/accuracy"} <= expected["output"].keys()
+    for name, value in expected["output"].items():
+        mean = (first["output"][name] + second["output"][name]) / 2
+        torch.testing.assert_close(mean, value, rtol=1e-6 if "accuracy" in name else 1e-9, atol=0, msg=name)
+    assert first["output"]["loss"] != second["output"]["loss"]
+    for rank in (first, second):
+        for name, gradient in expected["gradients"].items():
+            # Position embeddings are interpolated in float32.
+            rounding = 1e-5 * float(gradient.abs().max()) if "pos_embed" in name else 1e-12
+            torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-9, atol=rounding, msg=name)
 
 
 def test_a_global_batch_is_split_over_the_ranks(tmp_path: Path) -> None:
