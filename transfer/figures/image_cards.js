@@ -1,7 +1,7 @@
 const viewTerms = {
   image: "A box marks the query patch.",
   PCA: "The first three principal components of the features of all patches on this page as red, green and blue: patches of one color have similar features.",
-  attention: "Attention of the class token to the patches in the last block, the mean of the heads.",
+  attention: "Attention of the class token to the patches in the last block, the mean of the heads, from its smallest weight (black) to its largest (yellow).",
   "nearest patches": "The other images with the patches most similar to the query patch, which boxes mark, and the cosine similarity.",
 };
 

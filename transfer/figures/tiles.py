@@ -23,8 +23,9 @@ def enlarge(maps: Tensor, side: int) -> Tensor:
 
 
 def weight_colors(weights: Tensor) -> Tensor:
-    """Return colors (N, 3, h, w) in [0, 1] of weights (N, h, w), in each map from 0 to its largest weight."""
-    scaled = weights / weights.amax(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    """Return colors (N, 3, h, w) in [0, 1] of weights (N, h, w), in each map from its smallest to its largest."""
+    smallest, largest = weights.amin(dim=(1, 2), keepdim=True), weights.amax(dim=(1, 2), keepdim=True)
+    scaled = (weights - smallest) / (largest - smallest).clamp(min=1e-30)
     return _heat_colors()[(255 * scaled).round().long()].permute(0, 3, 1, 2)
 
 
