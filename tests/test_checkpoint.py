@@ -65,6 +65,7 @@ def test_encoder_is_found_in_files_of_all_kinds(file: str) -> None:
 
 @pytest.mark.parametrize("weights", [SLOTCON, GTSA])
 def test_student_is_found_where_it_is_preferred(weights: dict[str, Tensor]) -> None:
+    weights = checkpoint.extract_weights(weights, "file")
     selected, student = checkpoint.find_encoder(weights, prefer="student")
     assert selected == "student"
     assert_equal(student, STUDENT)

@@ -19,7 +19,7 @@ from models.backbones import Encoder
 from models.method import Method
 from tests.checkpoint_data import add_prefix, damaged_copies, is_equal
 from tests.helpers import TINY
-from transfer import convert, encoders, evaluate, verify
+from transfer import convert, encoders, evaluate, framework_networks, verify
 from transfer.detection.d2_weights import WeightsFile, read_weights
 from transfer.formats import write_converted
 from transfer.segmentation import mm_weights
@@ -46,7 +46,7 @@ def small_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for module in ("models.slotcon", "transfer.encoders"):
             monkeypatch.setattr(f"{module}.build_encoder", TinyResNet)
-        monkeypatch.setattr(verify, "_DEPTHS", {})  # the frameworks have no such network
+        monkeypatch.setattr(framework_networks, "DEPTHS", {})  # the frameworks have no such network
         monkeypatch.setattr(mm_weights, "_shapes", lambda _: TinyResNet().state_dict())
         monkeypatch.setattr(os, "fsync", lambda _: None)
         encoders._encoder_shapes.cache_clear()

@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from data.demo import render_scene
+from models.backbones import is_vit, vit_patch_size
 from transfer.encoders import EncoderWeights, build_frozen_encoder, infer_arch, read_encoder, read_provenance
+from transfer.framework_networks import FeatureFunction, has_network, load_network
 from utils import checkpoint
 from utils.batch import MEAN, STD
 from utils.checkpoint import Weights
 from utils.errors import UsageError
+from utils.vit_names import detectron2_vit_name
 
 TOLERANCE = 1e-5
 """The largest accepted difference between two features, as a fraction of the largest feature."""
 
 _IMAGE_SIZE = 224
-_DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
-"""The ResNets that detectron2 and mmseg build from a depth."""
-
-FeatureFunction = Callable[[Tensor], Tensor]
-"""Normalized images (B, 3, H, W) -> the last feature map, or a ViT's tokens."""
 
 
 def verify(
@@ -41,7 +38,8 @@ def verify(
 ) -> str:
     """Compare the last feature maps of two encoders, each with the normalization that its provenance names.
 
-    All tensors are compared as well, because some, such as the counters of batch norm, do not change the features.
+    All tensors are compared as well, because some, such as the counters of batch norm, do not change the features. A
+    ViT of detectron2 has no class token and no final norm, and is compared with the source without them.
 
     Args:
         source: the checkpoint that was converted.
@@ -61,18 +59,39 @@ def verify(
     weights, provenance = _read_converted(converted, flags[1])
     if target and (made_for := provenance.get("format", target)) != target:
         raise UsageError(f"{converted}: is made for {made_for}, not for {target}; use convert.py with --to {made_for}")
-    arch = infer_arch(weights, str(converted))
-    if arch != encoder.arch:
-        raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")
-    network, description = _converted_network(converted, weights, arch, provenance.get("format", ""))
+    made_for = provenance.get("format", "")
+    weights = _complete(source, converted, encoder, weights, made_for)
+    pixels = _crop_to_patches(pixels, encoder.arch)
+    network, description = _converted_network(converted, EncoderWeights(weights, encoder.arch, {}), made_for)
     with torch.inference_mode():
         features = network(_normalize(pixels, provenance))
-        difference = _max_difference(features, _compute_features(encoder, pixels))
+        difference = _max_difference(features, _compute_features(encoder, pixels, made_for))
         if not difference <= TOLERANCE:  # also if it is not a number
-            cause = _diagnose(source, encoder, pixels, features)
+            cause = _diagnose(source, encoder, pixels, features, made_for)
             raise UsageError(f"{converted}: its features differ from {source}'s by {difference:.1g}{cause}")
     _check_tensors(source, converted, encoder, weights, provenance)
     return f"features differ by {difference:.1g} of the largest, in {description}"
+
+
+def _complete(source: Path, converted: Path, encoder: EncoderWeights, weights: Weights, target: str) -> Weights:
+    """Return converted weights with those of the source that a ViT of detectron2 does not have.
+
+    Raises:
+        UsageError: the weights are incomplete or of another architecture than the source.
+    """
+    if _is_detectron2_vit(encoder.arch, target):
+        expected = {name: value for name, value in encoder.weights.items() if detectron2_vit_name(name)}
+        if mismatch := checkpoint.first_mismatch(weights, expected):
+            raise UsageError(f"{converted}: not the {encoder.arch} of {source} ({mismatch}); convert it again")
+        return encoder.weights | weights
+    arch = infer_arch(weights, str(converted))
+    if arch != encoder.arch:
+        raise UsageError(f"{converted}: a {arch}, and {source} is a {encoder.arch}; convert it again")
+    return weights
+
+
+def _is_detectron2_vit(arch: str, target: str) -> bool:
+    return target == "detectron2" and is_vit(arch)
 
 
 def _check_tensors(
@@ -114,6 +133,13 @@ def load_image(image: Path | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
+def _crop_to_patches(pixels: Tensor, arch: str) -> Tensor:
+    """Crop a square image to the whole patches that a ViT has position embeddings for."""
+    patch_size = vit_patch_size(arch) if is_vit(arch) else 1
+    size = pixels.shape[-1] // patch_size * patch_size
+    return pixels[..., :size, :size]
+
+
 def _normalize(pixels: Tensor, provenance: dict[str, Any]) -> Tensor:
     """Normalize RGB values (B, 3, H, W) as the provenance says; by default RGB with ImageNet's mean and deviation."""
     mean, std = (torch.tensor(provenance.get(name, default)) for name, default in (("mean", MEAN), ("std", STD)))
@@ -121,8 +147,8 @@ def _normalize(pixels: Tensor, provenance: dict[str, Any]) -> Tensor:
     return (ordered - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
-def _compute_features(encoder: EncoderWeights, pixels: Tensor) -> Tensor:
-    return _own_network(encoder)(_normalize(pixels, encoder.provenance))
+def _compute_features(encoder: EncoderWeights, pixels: Tensor, target: str) -> Tensor:
+    return _own_network(encoder, target)(_normalize(pixels, encoder.provenance))
 
 
 def _max_difference(features: Tensor, expected: Tensor) -> float:
@@ -137,7 +163,7 @@ def _first_layer(weights: Weights) -> str:
     return "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
 
 
-def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, features: Tensor) -> str:
+def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, features: Tensor, target: str) -> str:
     """Return the cause of a difference: swapped color channels or the source's other encoder; else only an advice."""
     first = _first_layer(encoder.weights)
     swapped = encoder.weights | {first: encoder.weights[first].flip(1)}
@@ -147,70 +173,36 @@ def _diagnose(source: Path, encoder: EncoderWeights, pixels: Tensor, features: T
     if other and checkpoint.find_encoder(weights, other)[0] == other:
         candidates[f"of the {other}"] = read_encoder(source, other)
     for name, candidate in candidates.items():
-        if _max_difference(features, _compute_features(candidate, pixels)) <= TOLERANCE:
+        if _max_difference(features, _compute_features(candidate, pixels, target)) <= TOLERANCE:
             return f": they are those {name}; convert it again"
     return "; convert it again"
 
 
-def _converted_network(path: Path, weights: Weights, arch: str, target: str) -> tuple[FeatureFunction, str]:
+def _converted_network(path: Path, own: EncoderWeights, target: str) -> tuple[FeatureFunction, str]:
     """Return the framework's network, or this project's if the framework is not installed, and a description of it."""
-    own = EncoderWeights(weights, arch, {})
-    frameworks: dict[str, Callable[[Path, str], FeatureFunction]] = {
-        "timm": _timm_network,
-        "mmseg": _mmseg_network,
-        "detectron2": _detectron2_network,
-    }
-    if target == "timm" or (target in frameworks and arch in _DEPTHS):
+    suffix = ", without class token and final norm" if _is_detectron2_vit(own.arch, target) else ""
+    if has_network(target, own.arch):
         try:
             # The frameworks print, and warn about their own dependencies.
             with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                return frameworks[target](path, arch), f"{target}'s network"
+                return load_network(target, path, own.arch), f"{target}'s network{suffix}"
         except ImportError:
-            return _own_network(own), f"this project's network ({target} is not installed)"
+            return _own_network(own, target), f"this project's network ({target} is not installed){suffix}"
         except Exception as error:  # every framework raises its own
             raise UsageError(f"{path}: {target} cannot load it ({' '.join(str(error).split())[:200]})") from None
-    return _own_network(own), "this project's network"
+    return _own_network(own, target), "this project's network"
 
 
-def _own_network(encoder: EncoderWeights) -> FeatureFunction:
-    """Return this project's network as a function; for a ViT it returns all tokens, as timm's network does."""
+def _own_network(encoder: EncoderWeights, target: str) -> FeatureFunction:
+    """Return this project's network as a function that computes what the network of the framework `target` does.
+
+    For a ViT these are all tokens after the final norm; for detectron2's, the patch tokens of the last block, computed
+    without a class token.
+    """
     network: Any = build_frozen_encoder(encoder)
-    return getattr(network, "forward_features", network)
-
-
-def _timm_network(path: Path, arch: str) -> FeatureFunction:
-    import timm
-
-    network: Any = timm.create_model(arch, num_classes=0, checkpoint_path=str(path))
-    return network.eval().forward_features
-
-
-def _mmseg_network(path: Path, arch: str) -> FeatureFunction:
-    import mmseg.models
-    from mmengine.runner.checkpoint import load_checkpoint
-
-    network = mmseg.models.ResNet(depth=_DEPTHS[arch], style="pytorch")
-    load_checkpoint(network, str(path), map_location="cpu", strict=True)
-    network.eval()
-    return lambda inputs: network(inputs)[-1]
-
-
-def _detectron2_network(path: Path, arch: str) -> FeatureFunction:
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import get_cfg
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling import build_backbone
-
-    config = get_cfg()
-    config.MODEL.DEVICE = "cpu"
-    config.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    config.MODEL.RESNETS.DEPTH = _DEPTHS[arch]
-    config.MODEL.RESNETS.OUT_FEATURES = ["res5"]
-    config.MODEL.RESNETS.NORM = "BN"
-    config.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    config.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if arch in ("resnet18", "resnet34") else 256
-    network = build_backbone(config, ShapeSpec(channels=3))
-    DetectionCheckpointer(network).load(str(path))
-    network.eval()
-    return lambda inputs: network(inputs)["res5"]
+    if not is_vit(encoder.arch):
+        return network
+    if not _is_detectron2_vit(encoder.arch, target):
+        return network.forward_features
+    return lambda images: network.blocks(network._pos_embed(network.patch_embed(images))[:, 1:])

@@ -1,5 +1,6 @@
 """Read and write checkpoints, and find the parts of a model in them."""
 
+import math
 import os
 import pickle
 import re
@@ -16,17 +17,18 @@ from utils import safe_pickle
 from utils.errors import UsageError
 from utils.files import atomic_write
 from utils.integrity import ADVICE, DamagedFileError, check_checksum
+from utils.released_names import rename_released
 from utils.resnet_names import torchvision_name
 from utils.vit_names import DETECTRON2_PREFIX, timm_vit_name
 
 Weights = dict[str, Tensor]
 
 _ENCODER_PREFIXES = {
-    "teacher": ("encoder_k.", "momentum_encoder."),
-    "student": ("encoder_q.", "base_encoder."),
+    "teacher": ("encoder_k.",),
+    "student": ("encoder_q.",),
     "only": ("encoder.", DETECTRON2_PREFIX, "backbone."),
 }
-"""The prefixes of an encoder's tensors: those of SlotCon and SlotFA first, then those of GTSA."""
+"""The prefixes of an encoder's tensors."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -105,6 +107,8 @@ def load_weights(path: Path | str, flag: str = "--init") -> Weights:
 def extract_weights(state: Mapping[str, Any], where: str) -> Weights:
     """Return the tensors of a loaded checkpoint, of its entry `model` or `state_dict` where it has one.
 
+    The parts of released checkpoints get the names that they have in this project.
+
     Args:
         where: the file, as messages name it.
 
@@ -115,7 +119,7 @@ def extract_weights(state: Mapping[str, Any], where: str) -> Weights:
         if isinstance(state.get(container), Mapping):
             state = state[container]
     weights = {
-        name.removeprefix("module."): value
+        rename_released(name.removeprefix("module.")): value
         for name, value in state.items()
         if isinstance(value, Tensor) and isinstance(name, str) and name.isprintable()
     }
@@ -223,30 +227,41 @@ def first_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor 
         shape, required = tuple(weights[name].shape), expected[name]
         required = tuple(required.shape if isinstance(required, Tensor) else required)
         if shape != required:
-            return f"{name} is {shape} and should be {required}"
+            return _describe_shapes(name, shape, required)
     return ""
 
 
+def _describe_shapes(name: str, shape: tuple[int, ...], required: tuple[int, ...]) -> str:
+    """Return the difference of two shapes as text; that of a ViT's position embeddings as grids of patches."""
+    if name == "pos_embed" and (shape[0], shape[2:]) == (required[0], required[2:]):
+        side, required_side = (math.isqrt(max(number - 1, 0)) for number in (shape[1], required[1]))
+        return f"{name} is for {side} x {side} patches and should be for {required_side} x {required_side}"
+    return f"{name} is {shape} and should be {required}"
+
+
 def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
-    """Copy weights from `path` into `method`: the encoders, and every other part that the file has.
+    """Copy weights from `path` into `method`: the encoders, and every other part that the file has and that fits.
 
     A single encoder (backbone-only, torchvision's) goes to student and teacher. Prototypes and center keep their
-    initial values where the file has another number K.
+    initial values where the file has another number K, and so do heads of other sizes or of another method.
 
     Returns:
         The names of the parts that were copied.
 
     Raises:
-        UsageError: the file has no encoder, or a part of it does not fit or has values that are not finite.
+        UsageError: the file has no encoder, its encoder does not fit, or values are not finite.
     """
     weights = load_weights(path)
     taken = []
     for name, module in method.named_children():
-        part = _find_part(weights, name)
-        if part and not _other_num_prototypes(part, module):
+        where, part = f"--init {path}: {name}", _find_part(weights, name)
+        if name.startswith("encoder_"):
             check_vit_complete(part, f"--init {path}")
-            load_strict(module, part, f"--init {path}: {name}")
-            check_finite(part, f"--init {path}: {name}")
+        else:
+            part = _match_tensors(part, module)
+        if part:
+            load_strict(module, part, where)
+            check_finite(part, where)
             taken.append(name)
     if "encoder_q" not in taken:
         raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k., bare ResNets and ViTs)")
@@ -270,10 +285,18 @@ def _find_part(weights: Weights, name: str) -> Weights:
     return {}
 
 
-def _other_num_prototypes(part: Weights, module: nn.Module) -> bool:
-    """Return whether `part` has prototypes, and not as many as `module`."""
-    key = "slot_embed.weight"
-    return key in part and len(part[key]) != len(module.state_dict()[key])
+def _match_tensors(part: Weights, module: nn.Module) -> Weights:
+    """Return the weights of a head by the names in `module`; {} if they do not fit.
+
+    They fit if names and shapes agree. Heads are sequential, so that their tensors also fit under other names, as in
+    the released checkpoints of GTSA, if they have exactly the shapes of the module's in the same order.
+    """
+    expected = module.state_dict()
+    if not first_mismatch(part, expected):
+        return part
+    if [value.shape for value in part.values()] == [value.shape for value in expected.values()]:
+        return dict(zip(expected, part.values(), strict=True))
+    return {}
 
 
 def load_strict(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
@@ -291,6 +314,11 @@ def load_strict(module: nn.Module, weights: Mapping[str, Any], where: str) -> No
         if not isinstance(weights[name], Tensor):
             raise UsageError(f"{where}: {name} is not a tensor; is it a checkpoint?")
         if weights[name].shape != expected[name].shape:
-            shape, required = tuple(weights[name].shape), tuple(expected[name].shape)
-            raise UsageError(f"{where}: {name} is {shape} and should be {required}; pass its --arch and sizes")
+            difference = _describe_shapes(name, tuple(weights[name].shape), tuple(expected[name].shape))
+            advice = (
+                "use weights for the image size in the name of --arch"
+                if name == "pos_embed"
+                else "pass its --arch and sizes"
+            )
+            raise UsageError(f"{where}: {difference}; {advice}")
     module.load_state_dict(weights, strict=True)
