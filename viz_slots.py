@@ -128,6 +128,7 @@ def visualize(args: argparse.Namespace) -> None:
     state = checkpoint.load(args.model_path, "--model-path")
     train_args = checkpoint.checkpoint_args(state)
     model = load(args, state)
+    names_figure = args.figure is not None
     resolve_outputs(args, model)
     args.amp = "off"
     device = choose_device(args)
@@ -136,7 +137,7 @@ def visualize(args: argparse.Namespace) -> None:
     crops = CenterCrops(find_images(args, train_args), choose_image_size(args, train_args, model))
     options = crops, device, args.batch_size, loader_workers(args.num_workers)
     indices = evenly_spaced(len(crops), args.max_images)
-    if not model.slots:
+    if not model.slots and not names_figure:
         print(f"{args.model_path} has no prototypes; figures: {', '.join(model.figures)}")
 
     features = FeatureExtractor(partial(encode, model.encoder), *options)

@@ -15,6 +15,7 @@ from transfer.figures.patches import draw_patches
 from transfer.figures.pca import draw_pca
 from transfer.figures.sampling import DEFAULT_SAMPLING, sample_sorted
 from transfer.figures.vit_attention import has_class_token
+from utils.errors import UsageError
 from utils.files import write_output
 
 _PAGE_IMAGES = 200
@@ -23,7 +24,13 @@ _PAGE_IMAGES = 200
 def draw_features(
     args: argparse.Namespace, model: LoadedModel, extractor: FeatureExtractor, indices: Sequence[int]
 ) -> Figure:
-    """Draw one of the figures of an encoder."""
+    """Draw one of the figures of an encoder.
+
+    Raises:
+        UsageError: there is only one image, and the figure needs others.
+    """
+    if args.figure == "patches" and len(indices) == 1:
+        raise UsageError("--figure patches: there is only one image; use a larger --max-images or --data-dir")
     sampled = sample_sorted(indices, args.sampling or DEFAULT_SAMPLING, args.seed)
     if args.figure == "patches":
         details = model.describe(extractor.crops, args.dataset, len(indices))
