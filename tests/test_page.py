@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.datasets import build_dataset
-from transfer.figures.extractor import CenterCrops, SlotExtractor
+from transfer.figures.extractor import CenterCrops, FeatureExtractor, SlotExtractor
+from transfer.figures.image_page import build_image_page
 from transfer.figures.prototype_page import build_page
 from transfer.figures.prototype_stats import PrototypeStats
+from transfer.figures.vit_attention import EncodedImages
 from utils.visualization import palette
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -47,6 +50,25 @@ def page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         stats.update(batch)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_bytes(build_page(extractor, stats, 0.5, "details"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def image_page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of 16 images in a folder whose name is long."""
+
+    def model(inputs: Tensor) -> EncodedImages:
+        small = F.interpolate(inputs, (4, 4))
+        return EncodedImages(small, small.softmax(dim=1))
+
+    folder = tmp_path_factory.mktemp("image_page")
+    (folder / "images" / "validation_2017").mkdir(parents=True)
+    for number, path in enumerate(sorted(images.iterdir())):
+        shutil.copy(path, folder / "images" / "validation_2017" / f"ADE_val_{number:08}-0123456789abcdef0123456789.jpg")
+    dataset = build_dataset(argparse.Namespace(dataset="folder", data_dir=str(folder / "images"), seed=0), recipes=())
+    extractor = FeatureExtractor(model, CenterCrops(dataset, 64), torch.device("cpu"), 16, 0)
+    path = folder / "page.html"
+    path.write_bytes(build_image_page(extractor, range(0, 16, 2), range(16), 3, 0, "details"))
     return path
 
 
@@ -269,3 +291,60 @@ def test_page_fits_the_width_in_light_and_dark(width: int, browser: Any) -> None
         brightness = sum(int(level) for level in background[4:-1].split(",")) / 765
         assert brightness > 0.9 if scheme == "light" else brightness < 0.1
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# The page of images
+
+
+@pytest.fixture
+def image_browser(driver: Any, image_page: Path) -> Iterator[Any]:
+    """The browser with the page of images newly opened and its logs cleared."""
+    driver.get("about:blank")
+    for log in ("performance", "browser"):
+        driver.get_log(log)
+    open_page(driver, image_page)
+    yield driver
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_page_of_images_shows_their_views_and_nearest_patches(image_browser: Any, image_page: Path) -> None:
+    data = read_data(image_page)
+    assert len(data["cards"]) == 8
+    script = """return [...document.querySelectorAll("article")].map(
+      card => [...card.querySelectorAll("h2, figcaption")].map(text => text.firstChild.textContent)
+    )"""
+    for card, (name, *captions) in zip(data["cards"], image_browser.execute_script(script), strict=True):
+        assert name == f"{data['names'][card['image']][:33]}012345678…56789.jpg"
+        assert captions == ["image", "PCA", "attention", *(f"{score:.3f}" for _, score in card["nearest"])]
+    messages = [json.loads(entry["message"])["message"] for entry in image_browser.get_log("performance")]
+    urls = [entry["params"]["request"]["url"] for entry in messages if entry["method"] == "Network.requestWillBeSent"]
+    assert all(url == image_page.as_uri() or url.startswith(("data:", "blob:")) for url in urls)
+    assert image_browser.get_log("browser") == []
+
+
+def test_images_are_found_by_file_name_and_sorted_by_similarity(image_browser: Any, image_page: Path) -> None:
+    data = read_data(image_page)
+    set_control(image_browser, "search", "VAL_00000005")
+    image = [name[24:32] for name in data["names"]].index("00000005")
+    shown = [[card["image"], *(index for index, _ in card["nearest"])] for card in data["cards"]]
+    assert card_numbers(image_browser) == [number for number in range(8) if image in shown[number]]
+    set_control(image_browser, "search", "no such file")
+    assert "No image matches" in image_browser.find_element("id", "none").text
+    set_control(image_browser, "search", "")
+    set_control(image_browser, "sort", "score")
+    best = [-card["nearest"][0][1] for card in data["cards"]]
+    assert card_numbers(image_browser) == sorted(range(8), key=best.__getitem__)
+    assert image_browser.find_element("id", "count").text == (
+        "8 images, sorted by similarity: cosine similarity of the nearest patch"
+    )
+    assert not image_browser.find_element("id", "unused").is_displayed()
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_page_of_images_fits_the_width(width: int, image_browser: Any) -> None:
+    set_size(image_browser, width, 844)
+    for element in ("h2 button", "details summary"):
+        image_browser.find_element("css selector", element).click()
+    assert image_browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    terms = [term.text for term in image_browser.find_elements("css selector", "dt")]
+    assert terms == ["image", "PCA", "attention", "nearest patches"]

@@ -306,9 +306,7 @@ def colors_of_neighbors(extractor: SlotExtractor, stats: PrototypeStats) -> Colo
 
 
 @pytest.mark.parametrize("dpi", [40, 200])
-def test_strip_of_nearest_images_fits_into_its_panel(
-    dpi: int, extractor: SlotExtractor, stats: PrototypeStats
-) -> None:
+def test_strip_of_nearest_images_fits_into_its_panel(dpi: int, extractor: SlotExtractor, stats: PrototypeStats) -> None:
     panel = draw_neighbors(extractor, stats, [0], 0.5, dpi, "").axes[0]
     left, right, *_ = panel.images[0].get_extent()
     assert (left, right) == pytest.approx((0, panel.get_xlim()[1]), rel=0.02)
@@ -500,11 +498,11 @@ def test_details_are_as_wide_as_their_figure() -> None:
         assert " ".join(lines) == details.replace("\n", " ")
 
 
-@pytest.mark.parametrize("figure", viz_slots.SLOT_FIGURES)
+@pytest.mark.parametrize("figure", [*viz_slots.SLOT_FIGURES, "patches"])
 def test_figure_is_written_next_to_the_checkpoint(
     figure: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = checkpoint.parent / f"slots_{figure}.png"
+    path = checkpoint.parent / f"{'slots' if figure in viz_slots.SLOT_FIGURES else 'features'}_{figure}.png"
     load = Mock(wraps=utils.checkpoint.load)
     monkeypatch.setattr(utils.checkpoint, "load", load)
     viz_slots.main(command(checkpoint, "--figure", figure, "--points", "50", "--sampling", "4"))
@@ -660,9 +658,15 @@ def test_command_runs_from_another_folder(checkpoint: Path, tmp_path: Path) -> N
         (["--topk", "101"], "--topk 101: .*100"),
         (["--output-stride", "16"], "--output-stride 16: .*resnet"),
         (["--dpi", "20000"], "pixels .*--dpi"),
-        (["--model-path", "backbone.pth", "--figure", "maps"], "--figure maps: .* has no prototypes; use pca or patches"),
+        (
+            ["--model-path", "backbone.pth", "--figure", "maps"],
+            "--figure maps: .* has no prototypes; use pca or patches",
+        ),
         (["--model-path", "backbone.pth", "--num-prototypes", "8"], "--num-prototypes 8: .* no prototypes; omit it"),
-        (["--figure", "attention"], "--figure attention: .* no class token, it is a resnet18; use .* or pca or patches"),
+        (
+            ["--figure", "attention"],
+            "--figure attention: .* no class token, it is a resnet18; use .* or pca or patches",
+        ),
         (["--model-path", "moved.pth"], "--data-dir: .*/missing"),
         (["--model-path", "no_args.pth"], "--data-dir: .*names no folder"),
     ],
