@@ -270,6 +270,9 @@ def test_a_run_finishes_and_writes_its_results(finished_run: Path) -> None:
     metrics = read_metrics(finished_run)[-1]
     assert (metrics["step"], metrics["val/top1"]) == (4, results["top1"])
     assert np.isfinite(metrics["loss"])
+    groups = torch.load(finished_run / "current.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert len({group["lr_scale"] for group in groups}) == 14
+    assert all(group["lr"] == metrics["optim/lr"] * group["lr_scale"] for group in groups)
     text = (finished_run / "log.txt").read_text()
     assert "all 150 tensors loaded" in text
     assert f"epoch 2: top-1 {results['top1']:.2f} %" in text
