@@ -8,9 +8,11 @@ from PIL import Image
 from data.demo import render_scene
 
 SEGMENTATION = Path(__file__).parents[1] / "transfer" / "segmentation"
-CONFIGS = sorted(
-    path for folder in ("ade20k", "cityscapes", "voc12aug") for path in SEGMENTATION.glob(f"configs/{folder}/*.py")
+FCN_CONFIGS = sorted(
+    path for folder in ("ade20k", "cityscapes", "voc12aug") for path in SEGMENTATION.glob(f"configs/{folder}/fcn*.py")
 )
+VIT_CONFIG = SEGMENTATION / "configs/ade20k/fpn_vit-s16_512x512_40k_ade20k.py"
+VIT_FOLDER_CONFIG = SEGMENTATION / "configs/folder/fpn_vit-s16_512x512_folder.py"
 FOLDER_CONFIG = SEGMENTATION / "configs/folder/fcn_r50-d8_512x512_folder.py"
 VOC_CONFIG = SEGMENTATION / "configs/voc12aug/fcn_d6_r50-d16_513x513_30k_voc12aug_moco.py"
 SIZE = 64

@@ -16,13 +16,15 @@ from PIL import Image
 from torchvision.models import resnet18, resnet34
 
 from data import demo
-from tests.checkpoint_data import CodeInPickle
+from tests.checkpoint_data import CodeInPickle, add_prefix, random_weights, vit_weights
 from tests.helpers import run_expecting_usage_error
 from tests.segmentation_data import (
-    CONFIGS,
+    FCN_CONFIGS,
     FOLDER_CONFIG,
     SEGMENTATION,
     SIZE,
+    VIT_CONFIG,
+    VIT_FOLDER_CONFIG,
     VOC_CONFIG,
     make_data,
     make_folder,
@@ -32,18 +34,32 @@ from tests.segmentation_data import (
 
 pytest.importorskip("mmseg")
 
+from models.backbones import build_encoder
 from transfer import convert
+from transfer.encoders import load_encoder
 from transfer.segmentation import folder_files, mm_config, test, train
 from utils.checkpoint import Weights
 from utils.errors import UsageError
+from utils.vit_names import mmseg_vit_name
 
 CAPSYS = pytest.CaptureFixture[str]
 
 
+VIT_TINY = ["model.backbone.embed_dims=192", "model.backbone.num_heads=3", "model.neck.0.embed_dim=192"]
+VIT_TINY += ["model.neck.1.in_channels=[192,192,192,192]", "model.neck.1.out_channels=16"]
+VIT_TINY += ["model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16"]
+"""Overrides of a config with a ViT-S."""
+
+
 def command(config: Path, weights: Path, folder: Path, *flags: str, iterations: int = 2) -> list[str]:
-    """Return the arguments of a run with a ResNet-18 in place of the config's ResNet-50, which trains in a second."""
+    """Return the arguments of a run that trains in a second.
+
+    It has a ResNet-18 in place of the config's ResNet-50, or a ViT-Ti in place of its ViT-S.
+    """
     overrides = ["model.backbone.depth=18", "model.decode_head.in_channels=512", "model.decode_head.channels=16"]
-    if "d8" in config.name:
+    if config == VIT_CONFIG:
+        overrides = VIT_TINY
+    elif "d8" in config.name:
         overrides += ["model.auxiliary_head.in_channels=256", "model.auxiliary_head.channels=16"]
     return [str(config), str(weights), "--work-dir", str(folder), *flags, *small_run(config, iterations), *overrides]
 
@@ -72,6 +88,21 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def timm_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A timm checkpoint of a ViT-Ti with random weights."""
+    path = tmp_path_factory.mktemp("timm_vit") / "timm.pth"
+    torch.save(vit_weights(0), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained_vit(timm_vit: Path) -> Path:
+    """The same ViT-Ti, converted."""
+    convert.main([str(timm_vit), str(timm_vit.with_name("mmseg.pth"))], "mmseg")
+    return timm_vit.with_name("mmseg.pth")
+
+
+@pytest.fixture(scope="module")
 def fine_tuned(pretrained: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of two iterations."""
     folder = tmp_path_factory.mktemp("fine_tuned") / "run"
@@ -89,7 +120,9 @@ def read_losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    "config", [path for path in CONFIGS if path != VOC_CONFIG and "norm" not in path.name], ids=lambda path: path.stem
+    "config",
+    [path for path in FCN_CONFIGS if path != VOC_CONFIG and "norm" not in path.name],
+    ids=lambda path: path.stem,
 )
 def test_config_trains_and_evaluates(config: Path, pretrained: Path, tmp_path: Path) -> None:
     train.main(command(config, pretrained, tmp_path / "run", iterations=1))
@@ -172,7 +205,7 @@ for _name in ("fcn_d6_r50-d16_513x513_30k_voc12aug_moco", "fcn_d6_r50-d16_769x76
     RECIPES[f"{_name}_imagenet_norm"] = RECIPES[_name] | {name: D8_NETWORK[name] for name in ("mean", "std")}
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+@pytest.fixture(params=FCN_CONFIGS, ids=lambda path: path.stem)
 def config_and_recipe(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
     return load_config(request.param), RECIPES[request.param.stem]
 
@@ -217,6 +250,108 @@ def test_config_has_the_released_schedule(config_and_recipe: tuple[Any, dict[str
     assert recipe["iterations"] % cfg.train_cfg.val_interval == 0
     assert cfg.train_dataloader.batch_size == 16
     assert cfg.train_dataloader.sampler == {"type": "InfiniteSampler", "shuffle": True}
+
+
+def test_vit_config_has_the_published_recipe() -> None:
+    """The other fields are those of mmsegmentation's configs for ViTs, and the data those of the FCN on ADE20K."""
+    cfg = load_config(VIT_CONFIG)
+    backbone = {"type": "DINOVisionTransformer", "img_size": 224, "patch_size": 16, "embed_dims": 384, "num_heads": 6}
+    backbone |= {"num_layers": 12, "out_indices": (2, 5, 8, 11), "drop_path_rate": 0.1, "patch_bias": True}
+    assert cfg.model.backbone == backbone | {"final_norm": True, "norm_cfg": {"type": "LN", "eps": 1e-6}}
+    pyramid = {"type": "Feature2Pyramid", "embed_dim": 384, "rescales": [4, 2, 1, 0.5], "norm_cfg": NORM}
+    fpn = {"type": "FPN", "in_channels": [384] * 4, "out_channels": 256, "num_outs": 4}
+    assert cfg.model.neck == [pyramid, fpn]
+    head = {"type": "FPNHead", "in_channels": [256] * 4, "in_index": [0, 1, 2, 3], "feature_strides": [4, 8, 16, 32]}
+    head |= {"channels": 128, "dropout_ratio": 0.1, "num_classes": 150, "norm_cfg": NORM, "align_corners": False}
+    loss = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
+    assert cfg.model.decode_head == head | {"loss_decode": loss}
+    assert (cfg.model.type, cfg.model.test_cfg) == ("EncoderDecoder", WHOLE)
+
+    adamw = {"type": "AdamW", "lr": 6e-5, "betas": (0.9, 0.999), "weight_decay": 0.01}
+    assert (cfg.optim_wrapper.optimizer, cfg.optim_wrapper.clip_grad) == (adamw, None)
+    warm_up = {"type": "LinearLR", "start_factor": 1e-6, "begin": 0, "end": 1500, "by_epoch": False}
+    decay = {"type": "PolyLR", "eta_min": 0.0, "power": 1.0, "begin": 1500, "end": 40000, "by_epoch": False}
+    assert cfg.param_scheduler == [warm_up, decay]
+    assert cfg.train_cfg == {"type": "IterBasedTrainLoop", "max_iters": 40000, "val_interval": 4000}
+
+    other = load_config(next(path for path in FCN_CONFIGS if "ade20k" in path.name))
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        assert cfg[name] == other[name]
+    padding = {"test_cfg": {"size_divisor": 32}}
+    assert cfg.model.data_preprocessor == other.model.data_preprocessor | padding
+
+
+def test_vit_has_no_weight_decay_on_norms_biases_positions_and_class_token() -> None:
+    mm_config.import_and_register_mmseg()
+    from mmengine.optim import build_optim_wrapper
+    from mmseg.registry import MODELS
+
+    cfg = load_config(
+        VIT_CONFIG, "--cfg-options", "model.backbone.num_layers=4", "model.backbone.out_indices=(0,1,2,3)"
+    )
+    model = MODELS.build(cfg.model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    decays = {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decays.keys() == set(names.values())
+    for parameter, name in names.items():
+        without = parameter.ndim == 1 or name in ("backbone.pos_embed", "backbone.cls_token")
+        assert decays[name] == (0 if without else 0.01), name
+    assert {name for name in decays if ".ln" in name} > {"backbone.ln1.weight", "backbone.layers.0.ln2.weight"}
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 128), (112, 448)])
+def test_frozen_vit_has_the_features_of_load_encoder(
+    height: int, width: int, timm_vit: Path, pretrained_vit: Path
+) -> None:
+    """The maps of blocks 3, 6 and 9 are compared as they are, and that of the last block after the final norm.
+
+    112 x 448 pixels have as many patches as the 224 x 224 pixels of pre-training.
+    """
+    mm_config.import_and_register_mmseg()
+    from mmseg.registry import MODELS
+
+    cfg = load_config(VIT_CONFIG, "--cfg-options", *VIT_TINY)
+    cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained_vit)}
+    backbone, encoder = MODELS.build(cfg.model.backbone), load_encoder(timm_vit)
+    backbone.init_weights()
+    backbone.eval()
+    images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        maps = backbone(images)
+        blocks: Any = encoder.get_intermediate_layers
+        expected = [*blocks(images, [2, 5, 8], reshape=True), encoder(images)]
+    for actual, target in zip(maps, expected, strict=True):
+        assert actual.shape == target.shape == (1, 192, height // 16, width // 16)
+        assert (actual - target).abs().max() <= 1e-5 * target.abs().max()
+
+
+def test_vit_trains_from_all_pretrained_tensors_and_evaluates(pretrained_vit: Path, tmp_path: Path) -> None:
+    """The images to evaluate, of 80 x 64 pixels, are padded."""
+    run = tmp_path / "run"
+    train.main(command(VIT_CONFIG, pretrained_vit, run))
+    assert list(read_losses(run)) == [1, 2]
+    log = "".join(path.read_text() for path in run.glob("*/*.log"))
+    assert "150 of 150 backbone tensors are equal to PRETRAINED's" in log
+    results = json.loads((run / "results.json").read_text())
+    assert results["pretrained"]["arch"] == "vit_tiny_patch16_224"
+    test.main(command(VIT_CONFIG, run / "iter_2.pth", run))
+    assert json.loads((run / "test.json").read_text())["metrics"] == results["metrics"]
+
+
+def test_image_of_any_size_is_padded_for_a_vit() -> None:
+    mm_config.import_and_register_mmseg()
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+
+    preprocessor = MODELS.build(load_config(VIT_CONFIG).model.data_preprocessor)
+    image = torch.full((3, 50, 70), 200, dtype=torch.uint8)
+    batch = preprocessor({"inputs": [image], "data_samples": [SegDataSample()]}, training=False)
+    assert batch["inputs"].shape == (1, 3, 64, 96)
+    assert (batch["inputs"][0, :, :50, :70] > 0).all()
+    assert (batch["inputs"][0, :, 50:] == 0).all()
+    assert (batch["inputs"][0, :, :, 70:] == 0).all()
+    assert batch["data_samples"][0].img_padding_size == (0, 26, 0, 14)  # cut off from the predictions
 
 
 def test_released_normalization_pads_with_zeros_and_void() -> None:
@@ -264,7 +399,7 @@ def test_config_of_a_run_on_the_first_images_evaluates_all(tmp_path: Path) -> No
 def test_evaluation_needs_no_training_images(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGMENTATION_DATA", str(tmp_path))
     shutil.copytree(data / "ade", tmp_path / "ade", ignore=shutil.ignore_patterns("training"))
-    config = next(path for path in CONFIGS if "ade20k" in path.name)
+    config = next(path for path in FCN_CONFIGS if "ade20k" in path.name)
     args = mm_config.make_mmseg_parser("", "CHECKPOINT", "").parse_args([str(config), "none"])
     assert str(tmp_path) in mm_config.load_config(args, ["test_dataloader"]).test_dataloader.dataset.data_root
     with pytest.raises(UsageError, match="images/training does not exist; link the data"):
@@ -277,7 +412,7 @@ def test_listed_files_that_are_missing_are_named(data: Path, tmp_path: Path, mon
     (voc / "SegmentationClassAug/image_3.png").unlink()
     error = r"SegmentationClassAug/image_3.png does not exist; 1 files of .*aug.txt are missing"
     with pytest.raises(UsageError, match=error):
-        load_config(next(path for path in CONFIGS if "voc" in path.name))
+        load_config(next(path for path in FCN_CONFIGS if "voc" in path.name))
 
 
 def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
@@ -285,7 +420,7 @@ def test_value_0_of_ade20k_is_void_and_1_is_the_first_class(data: Path) -> None:
     from mmseg.registry import DATASETS
 
     dataset = DATASETS.build(
-        load_config(next(path for path in CONFIGS if "ade20k" in path.name)).val_dataloader.dataset
+        load_config(next(path for path in FCN_CONFIGS if "ade20k" in path.name)).val_dataloader.dataset
     )
     dataset.pipeline.transforms = [*dataset.pipeline.transforms[:1], *dataset.pipeline.transforms[2:]]  # no resizing
     sample = dataset[0]["data_samples"]
@@ -414,6 +549,37 @@ def test_schedule_of_a_folder_follows_its_overrides(folder: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cfg = load("--gpus", "2")
     assert (cfg.auto_scale_lr.base_batch_size, cfg.train_dataloader.batch_size) == (4, 2)
+
+
+def test_folder_trains_a_vit(folder: Path, pretrained_vit: Path, tmp_path: Path, capsys: CAPSYS) -> None:
+    argv = [str(VIT_FOLDER_CONFIG), str(pretrained_vit), "--data-dir", str(folder), "--classes", "12"]
+    argv += ["--work-dir", str(tmp_path / "run"), "--max-val-images", "2"]
+    options = ["--cfg-options", *VIT_TINY, "train_cfg.max_iters=1", "train_dataloader.num_workers=0"]
+    options += ["val_dataloader.num_workers=0"]
+    assert "crop size 40 x 40: not a multiple of the patch size 16" in run_expecting_usage_error(
+        train.main, [*argv, "--crop-size", "40", *options], capsys
+    )
+    train.main([*argv, "--crop-size", "48", *options])
+    assert "1 iterations of 5 images, learning rate 1.875e-05" in capsys.readouterr().out
+    assert list(read_losses(tmp_path / "run")) == [1]
+    assert json.loads((tmp_path / "run/results.json").read_text())["step"] == 1
+
+
+def test_schedule_of_a_vit_on_a_folder_has_a_warm_up(folder: Path) -> None:
+    def load(*options: str) -> Any:
+        flags = ["--data-dir", str(folder), "--classes", "12", "--cfg-options", "auto_scale_lr.base_batch_size=4"]
+        return load_config(VIT_FOLDER_CONFIG, *flags, *options)
+
+    def intervals(cfg: Any) -> list[tuple[str, int, int]]:
+        return [(schedule.type, schedule.begin, schedule.end) for schedule in cfg.param_scheduler]
+
+    cfg = load()  # 40,000 x sqrt(5 / 20,210) x 16 / 4 iterations
+    assert (cfg.train_cfg.max_iters, cfg.optim_wrapper.optimizer.lr) == (2517, 1.5e-5)
+    assert intervals(cfg) == [("LinearLR", 0, 251), ("PolyLR", 251, 2517)]
+    assert intervals(load("train_cfg.max_iters=40000")) == [("LinearLR", 0, 1500), ("PolyLR", 1500, 40000)]
+    assert intervals(load("train_cfg.max_iters=19")) == [("PolyLR", 0, 19)]
+    assert cfg.optim_wrapper.paramwise_cfg == load_config(VIT_CONFIG).optim_wrapper.paramwise_cfg
+    assert cfg.model.backbone == load_config(VIT_CONFIG).model.backbone
 
 
 def test_image_of_a_folder_is_read_as_it_is_stored(folder: Path, tmp_path: Path) -> None:
@@ -580,6 +746,74 @@ def test_weights_other_than_the_backbones_are_refused(name: str, tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+def converted_vit_weights() -> Weights:
+    return {mmseg_vit_name(name): value for name, value in vit_weights(0).items() if not name.startswith("head.")}
+
+
+def patch32_weights() -> Weights:
+    with torch.device("meta"):
+        network = build_encoder("vit_tiny_patch32_224")
+    return random_weights({name: value.shape for name, value in network.state_dict().items()}, 0)
+
+
+UNSUITABLE_FOR_A_VIT: dict[str, tuple[Callable[[], Any], str]] = {
+    "other_patch_size": (
+        patch32_weights,
+        "is a vit_tiny_patch32_224, and the config's backbone is vit_tiny_patch16_224 (",
+    ),
+    "of_resnet18": (
+        lambda: resnet18().state_dict(),
+        "is a resnet18, and the config's backbone is vit_tiny_patch16_224 (",
+    ),
+    "of_timm": (
+        lambda: vit_weights(0),
+        "its tensors are not named as mmsegmentation expects; convert it with "
+        "transfer/segmentation/convert_pretrain_to_mm.py",
+    ),
+    "released": (
+        lambda: {"state_dict": add_prefix("module.momentum_encoder.", vit_weights(0))},
+        "its tensors are not named as mmsegmentation expects; convert it with",
+    ),
+    "incomplete": (
+        lambda: {name: value for name, value in converted_vit_weights().items() if name != "ln1.bias"},
+        "is not a complete vit_tiny_patch16_224, the config's backbone (norm.bias is missing)",
+    ),
+    "not_finite": (
+        lambda: {"state_dict": converted_vit_weights() | {"ln1.bias": torch.full((192,), torch.nan)}},
+        "ln1.bias holds values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUITABLE_FOR_A_VIT)
+def test_weights_other_than_the_vits_are_refused(name: str, tmp_path: Path, capsys: CAPSYS) -> None:
+    make, message = UNSUITABLE_FOR_A_VIT[name]
+    torch.save(make(), tmp_path / "weights.pth")
+    argv = command(VIT_CONFIG, tmp_path / "weights.pth", tmp_path / "run")
+    assert message in run_expecting_usage_error(train.main, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_and_vit_that_do_not_go_together_are_one_line(
+    pretrained_vit: Path, tmp_path: Path, capsys: CAPSYS
+) -> None:
+    def error(weights: Path, *overrides: str, config: Path = VIT_CONFIG) -> str:
+        argv = [*command(config, weights, tmp_path / "run"), *overrides]
+        return run_expecting_usage_error(train.main, argv, capsys)
+
+    message = "is a vit_tiny_patch16_224, and the config's backbone is ResNet18 ("
+    assert message in error(pretrained_vit, config=VOC_CONFIG)
+    message = "model.backbone.num_heads=6: a vit_tiny_patch16_224 has 3; use 3"
+    assert message in error(pretrained_vit, "model.backbone.num_heads=6")
+    assert "CONFIG: the model cannot be built" in error(pretrained_vit, "model.backbone.num_heads=7")
+    message = "crop size 64 x 72: not a multiple of the patch size 16; use one"
+    assert message in error(pretrained_vit, "model.data_preprocessor.size=(64,72)")
+    convert.main([str(pretrained_vit), str(tmp_path / "d2.pkl")], "detectron2")
+    capsys.readouterr()
+    assert "a ViT of detectron2, without class token and final norm" in error(tmp_path / "d2.pkl")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("suffix", "target", "message"),
     [(".pkl", "detectron2", "is a detectron2 file"), (".safetensors", "safetensors", "is a safetensors file")],
@@ -598,12 +832,19 @@ def test_file_for_another_framework_is_refused_with_advice_that_works(
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("config", [VOC_CONFIG, VIT_CONFIG], ids=["resnet", "vit"])
 def test_backbone_that_mmseg_did_not_load_stops_the_run_before_its_first_iteration(
-    pretrained: Path, tmp_path: Path, capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch
+    config: Path,
+    pretrained: Path,
+    pretrained_vit: Path,
+    tmp_path: Path,
+    capsys: CAPSYS,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mmengine.model.weight_init.PretrainedInit.__call__", lambda *_: None)
+    monkeypatch.setattr("mmseg.models.backbones.vit.load_state_dict", lambda *_, **__: None)
     with pytest.raises(SystemExit):
-        train.main(command(VOC_CONFIG, pretrained, tmp_path / "run"))
+        train.main(command(config, pretrained_vit if config == VIT_CONFIG else pretrained, tmp_path / "run"))
     assert "backbone tensors were not loaded from PRETRAINED" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
 

@@ -122,11 +122,24 @@ def _read_config(args: argparse.Namespace) -> Any:
             if args.max_val_images:
                 dataset.indices = args.max_val_images
         cfg.merge_from_dict(args.cfg_options or {})
+        _check_crop_size(cfg)
     except UsageError:
         raise
     except Exception as error:  # a config is Python code and can raise anything
         raise UsageError(f"{args.config}: cannot be read ({' '.join(str(error).split())})") from None
     return cfg
+
+
+def _check_crop_size(cfg: Any) -> None:
+    """Check that the patches of a ViT divide the crops, to which training images are padded.
+
+    Raises:
+        UsageError: they do not.
+    """
+    patch_size, crop_size = cfg.model.backbone.get("patch_size", 1), cfg.model.data_preprocessor.get("size") or ()
+    if any(side % patch_size for side in crop_size):
+        size = " x ".join(map(str, crop_size))
+        raise UsageError(f"crop size {size}: not a multiple of the patch size {patch_size}; use one")
 
 
 def launch_distributed(args: argparse.Namespace) -> None:

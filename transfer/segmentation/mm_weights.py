@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from models.backbones import build_encoder, is_vit
 from transfer.encoders import infer_arch, read_provenance
 from utils import checkpoint
 from utils.checkpoint import Weights
@@ -28,36 +29,77 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
             that are not finite.
     """
     state = checkpoint.load(path, "PRETRAINED")
-    weights = checkpoint.extract_weights(state, f"PRETRAINED {path}")
+    where = f"PRETRAINED {path}"
+    weights = checkpoint.extract_weights(state, where)
     expected = _shapes({**cfg.model.backbone, "init_cfg": None})
-    encoder = checkpoint.find_encoder(weights)[1] or weights
-    if mismatch := checkpoint.first_mismatch(encoder, expected):
-        raise UsageError(f"PRETRAINED {path}: {_describe_mismatch(encoder, cfg.model.backbone, mismatch)}")
+    # Both by the names of torchvision or timm, so that a file with the right tensors is recognized by any names.
+    encoder, network = (checkpoint.find_encoder(tensors)[1] or tensors for tensors in (weights, expected))
+    checkpoint.check_vit_complete(encoder, where)
+    if mismatch := checkpoint.first_mismatch(encoder, network):
+        raise UsageError(f"{where}: {_describe_mismatch(encoder, network, cfg.model.backbone, mismatch)}")
     convert = f"convert it with {_CONVERT} {path} OUT.pth"
     if path.suffix in _OTHER_FRAMEWORKS:
-        raise UsageError(f"PRETRAINED {path}: is a {_OTHER_FRAMEWORKS[path.suffix]} file; {convert}")
+        raise UsageError(f"{where}: is a {_OTHER_FRAMEWORKS[path.suffix]} file; {convert}")
     if "model" in state or checkpoint.first_mismatch(weights, expected):  # mmengine would not find all tensors
-        raise UsageError(f"PRETRAINED {path}: its tensors are not named as mmsegmentation expects; {convert}")
-    checkpoint.check_finite(weights, f"PRETRAINED {path}")
+        raise UsageError(f"{where}: its tensors are not named as mmsegmentation expects; {convert}")
+    checkpoint.check_finite(weights, where)
+    _check_heads(network, cfg.model.backbone)
     return weights, read_provenance(state)
 
 
-def _shapes(model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of a config's model on the meta device, which has shapes only."""
+def _shapes(model: Mapping[str, Any]) -> Weights:
+    """Return the tensors of a config's model or backbone, of which only names and shapes are used.
+
+    Raises:
+        UsageError: the model cannot be built.
+    """
     from mmseg.registry import MODELS
 
-    with torch.device("meta"):
-        return MODELS.build(dict(model)).state_dict()
-
-
-def _describe_mismatch(encoder: Weights, backbone: Any, mismatch: str) -> str:
-    """Return what is wrong with weights that are not those of the config's backbone, and what to do."""
-    name = f"{backbone.type}{backbone.get('depth', '')}"
+    is_vit_config = "patch_size" in model.get("backbone", model)
     try:
-        arch = infer_arch(encoder, "")
+        with torch.device("cpu" if is_vit_config else "meta"):  # mmsegmentation cannot build a ViT on the meta device
+            return MODELS.build(dict(model)).state_dict()
+    except Exception as error:  # the constructors raise errors of many types
+        raise UsageError(f"CONFIG: the model cannot be built ({' '.join(str(error).split())})") from None
+
+
+def _describe_mismatch(encoder: Weights, network: Weights, backbone: Any, mismatch: str) -> str:
+    """Return what is wrong with weights that are not those of the config's backbone, and what to do.
+
+    Args:
+        encoder: the weights, by torchvision's or timm's names where they are an encoder's.
+        network: the tensors of the backbone, named likewise.
+        mismatch: the first difference.
+    """
+    name = _find_arch(network) if "depth" not in backbone else f"{backbone.type}{backbone.depth}"
+    name = name or backbone.type
+    if arch := _find_arch(encoder):
+        return f"is a {arch}, and the config's backbone is {name} ({mismatch}); use weights of a {name}"
+    return f"is not a complete {name}, the config's backbone ({mismatch}); make it with {_CONVERT}"
+
+
+def _find_arch(tensors: Weights) -> str:
+    """Return the architecture that has exactly these tensors, or an empty string if none is known."""
+    try:
+        return infer_arch(tensors, "")
     except UsageError:
-        return f"is not a complete {name}, the config's backbone ({mismatch}); make it with {_CONVERT}"
-    return f"is a {arch}, and the config's backbone is {name} ({mismatch}); use weights of a {name}"
+        return ""
+
+
+def _check_heads(network: Weights, backbone: Any) -> None:
+    """Check the number of attention heads of a known ViT, which the shapes of its tensors do not show.
+
+    Raises:
+        UsageError: the config's backbone has another number.
+    """
+    arch = _find_arch(network)
+    if not is_vit(arch):
+        return
+    with torch.device("meta"):
+        blocks: Any = build_encoder(arch).blocks
+    heads = blocks[0].attn.num_heads
+    if backbone.get("num_heads") != heads:
+        raise UsageError(f"model.backbone.num_heads={backbone.get('num_heads')}: a {arch} has {heads}; use {heads}")
 
 
 def read_fine_tuned(path: Path, flag: str) -> dict[str, Any]:
