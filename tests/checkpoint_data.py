@@ -53,11 +53,11 @@ def resnet18_weights(seed: int) -> Weights:
 
 
 @cache
-def vit_weights(seed: int) -> Weights:
-    """Return a state dict of timm's vit_tiny_patch16_224, with its classifier."""
+def vit_weights(seed: int, patch_size: int = 16) -> Weights:
+    """Return a state dict of timm's vit_tiny_patch16_224, also with other patches, with its classifier."""
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        network = timm.create_model("vit_tiny_patch16_224")
+        network = timm.create_model("vit_tiny_patch16_224", patch_size=patch_size)
     return random_weights({name: value.shape for name, value in network.state_dict().items()}, seed)
 
 

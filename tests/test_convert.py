@@ -1,5 +1,6 @@
 """Converted encoders: complete and unchanged in every format, loaded by the frameworks, and verified."""
 
+import argparse
 import json
 import os
 import pickle
@@ -32,12 +33,13 @@ from tests.checkpoint_data import (
     without_classifier,
 )
 from tests.helpers import run_expecting_usage_error
-from tests.reference.framework_names import resnet_rows
+from tests.reference.framework_names import resnet_rows, vit_rows
 from transfer import convert
 from transfer.encoders import load_encoder, read_encoder
 from transfer.formats import FORMATS, write_converted
 from utils.errors import UsageError
 from utils.resnet_names import detectron2_name, torchvision_name
+from utils.vit_names import detectron2_vit_name, mmseg_vit_name, timm_vit_name
 
 Captured = pytest.CaptureFixture[str]
 Converted = Callable[[str], Path]
@@ -48,6 +50,8 @@ SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "mmseg": 
 FRAMEWORKS = ("timm", "mmseg", "detectron2")
 """Those whose own network is compared where it is installed."""
 TEACHER, STUDENT = without_classifier(resnet18_weights(1)), without_classifier(resnet18_weights(2))
+VIT = without_classifier(vit_weights(1, patch_size=32))
+VIT_FORMATS = [target for target in FORMATS if target != "torchvision"]
 
 
 def convert_file(source: Path, out: Path, *flags: str) -> Path:
@@ -60,12 +64,16 @@ def read_back(path: Path, target: str) -> tuple[Weights, dict[str, Any]]:
     if target == "detectron2":
         state = pickle.loads(path.read_bytes())
         names = {row.detectron2: row.torchvision for row in resnet_rows(18)}
+        names |= {row.detectron2: row.timm for row in vit_rows(192, 12, 32) if row.detectron2}
         return {names[name]: torch.from_numpy(value) for name, value in state["model"].items()}, state["provenance"]
     if target == "safetensors":
         with safetensors.safe_open(path, framework="pt") as file:
             provenance = json.loads(file.metadata()["provenance"])
         return safetensors.torch.load_file(path), provenance
     state = torch.load(path, weights_only=True)
+    if target == "mmseg" and "cls_token" in state["state_dict"]:
+        names = {row.mmseg: row.timm for row in vit_rows(192, 12, 32)}
+        return {names[name]: value for name, value in state["state_dict"].items()}, state["provenance"]
     return state["state_dict"], state["provenance"]
 
 
@@ -112,6 +120,26 @@ def converted(source: Path, folder: Path) -> Converted:
     @cache
     def convert_for(target: str) -> Path:
         return convert_file(source, folder / f"{target}{SUFFIX[target]}", "--to", target)
+
+    return convert_for
+
+
+@pytest.fixture(scope="module")
+def vit_source(folder: Path) -> Path:
+    """A released file of GTSA with a ViT as teacher and another one as student."""
+    student = without_classifier(vit_weights(2, patch_size=32))
+    model = add_prefix("module.momentum_encoder.", VIT) | add_prefix("module.base_encoder.", student)
+    torch.save({"args": argparse.Namespace(arch="vit_tiny"), "model": model, "epoch": 100}, folder / "gtsa.pth")
+    return folder / "gtsa.pth"
+
+
+@pytest.fixture(scope="module")
+def converted_vit(vit_source: Path, folder: Path) -> Converted:
+    """The teacher of `vit_source` for a framework."""
+
+    @cache
+    def convert_for(target: str) -> Path:
+        return convert_file(vit_source, folder / f"vit_{target}{SUFFIX[target]}", "--to", target)
 
     return convert_for
 
@@ -178,6 +206,16 @@ def detectron2_backbone(depth: int) -> nn.Module:
     return build_backbone(config, ShapeSpec(channels=3))
 
 
+@pytest.mark.parametrize("patch_size", [16, 32])
+def test_every_tensor_of_a_vit_has_the_name_that_each_framework_uses(patch_size: int) -> None:
+    weights, rows = without_classifier(vit_weights(1, patch_size)), vit_rows(192, 12, patch_size)
+    assert {row.timm: row.shape for row in rows} == {name: tuple(value.shape) for name, value in weights.items()}
+    for row in rows:
+        assert mmseg_vit_name(row.timm) == row.mmseg
+        assert timm_vit_name(row.mmseg) == row.timm
+        assert detectron2_vit_name(row.timm) == row.detectron2
+
+
 # What is written.
 
 
@@ -187,6 +225,24 @@ def test_every_format_keeps_all_tensors_and_provenance(target: str, source: Path
     assert len(weights) == 120
     assert_equal(weights, TEACHER)
     assert provenance == read_encoder(source).provenance | {"format": target}
+
+
+@pytest.mark.parametrize("target", VIT_FORMATS)
+def test_every_format_keeps_the_tensors_of_a_vit_and_provenance(
+    target: str, vit_source: Path, converted_vit: Converted
+) -> None:
+    """All tensors, except for the class token and the final norm that detectron2 does not have."""
+    weights, provenance = read_back(converted_vit(target), target)
+    left_out = {"cls_token", "norm.weight", "norm.bias"} if target == "detectron2" else set()
+    assert_equal(weights, {name: value for name, value in VIT.items() if name not in left_out})
+    assert provenance == read_encoder(vit_source).provenance | {"format": target}
+    assert (provenance["arch"], provenance["encoder"]) == ("vit_tiny_patch32_224", "teacher")
+
+
+def test_names_of_a_vit_in_a_detectron2_file_are_complete(converted_vit: Converted) -> None:
+    state = pickle.loads(converted_vit("detectron2").read_bytes())
+    assert "matching_heuristics" not in state  # with it detectron2 would look for the names in its whole model
+    assert isinstance(state["__author__"], str)
 
 
 def test_detectron2_file_asks_for_the_prefix_of_the_detector(converted: Converted) -> None:
@@ -267,6 +323,19 @@ def test_converted_file_is_an_encoder_with_the_provenance_of_its_source(
         read_encoder(converted(target), "student")
 
 
+@pytest.mark.parametrize("target", VIT_FORMATS)
+def test_converted_vit_is_an_encoder_except_for_that_of_detectron2(
+    target: str, vit_source: Path, converted_vit: Converted
+) -> None:
+    if target == "detectron2":
+        with pytest.raises(UsageError, match="a ViT of detectron2, without class token and final norm; use the check"):
+            read_encoder(converted_vit(target))
+    else:
+        encoder = read_encoder(converted_vit(target), "teacher")
+        assert_equal(encoder.weights, VIT)
+        assert encoder.provenance == read_encoder(vit_source).provenance | {"format": target}
+
+
 def test_detectron2_file_of_another_program_is_read(tmp_path: Path) -> None:
     """As detectron2 converts torchvision's files: without provenance, with a classifier."""
     names = {row.torchvision: row.detectron2 for row in resnet_rows(18)}
@@ -303,13 +372,10 @@ def test_timm_loads_converted_resnet(target: str, converted: Converted) -> None:
 
 
 @pytest.mark.parametrize("target", ["timm", "safetensors"])
-def test_timm_loads_converted_vit(target: str, tmp_path: Path, capsys: Captured) -> None:
+def test_timm_loads_converted_vit(target: str, converted_vit: Converted) -> None:
     timm = pytest.importorskip("timm")
-    torch.save(vit_weights(1), tmp_path / "in.pth")
-    out = convert_file(tmp_path / "in.pth", tmp_path / f"out{SUFFIX[target]}", "--to", target, "--verify")
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(out))
-    assert_equal(network.state_dict(), without_classifier(vit_weights(1)))
-    assert "verified" in capsys.readouterr().out
+    options = {"num_classes": 0, "patch_size": 32, "checkpoint_path": str(converted_vit(target))}
+    assert_equal(timm.create_model("vit_tiny_patch16_224", **options).state_dict(), VIT)
 
 
 def test_mmseg_loads_converted_resnet(converted: Converted) -> None:
@@ -334,27 +400,64 @@ def test_detectron2_loads_converted_resnet_below_the_feature_pyramid(converted: 
 # --verify passes.
 
 
+def use_framework(target: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Skip the test where a framework is not installed, or make it so, and return the words for the network used."""
+    if target not in FRAMEWORKS:
+        return "this project's network"
+    if installed:
+        pytest.importorskip(target)
+        return f"{target}'s network"
+    for name in [name for name in sys.modules if name.split(".")[0] == target]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, target, None)
+    return "this project's network"
+
+
 @pytest.mark.parametrize(
     ("target", "installed"), [(target, True) for target in FORMATS] + [(target, False) for target in FRAMEWORKS]
 )
 def test_conversion_is_verified_by_an_installed_frameworks_network(
     target: str, installed: bool, source: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    if installed and target in FRAMEWORKS:
-        pytest.importorskip(target)
-    elif not installed:
-        for name in [name for name in sys.modules if name.split(".")[0] == target]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, target, None)
+    used = use_framework(target, installed, monkeypatch)
     before = converted(target).stat().st_mtime_ns
     capsys.readouterr()
     convert_file(source, converted(target), "--to", target, "--verify")
     line = capsys.readouterr().out
     assert float(line.removeprefix("verified: features differ by ").split()[0]) <= 1e-5
-    used = f"{target}'s network" if installed and target in FRAMEWORKS else "this project's network"
     assert used in line
     assert ("is not installed" in line) == (not installed)
     assert converted(target).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("target", "installed"), [(target, True) for target in VIT_FORMATS] + [(target, False) for target in FRAMEWORKS]
+)
+def test_conversion_of_a_vit_is_verified_by_an_installed_frameworks_network(
+    target: str,
+    installed: bool,
+    vit_source: Path,
+    converted_vit: Converted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    """Where the framework is not installed, with this project's network."""
+    used = use_framework(target, installed, monkeypatch)
+    converted_vit(target)
+    capsys.readouterr()
+    convert_file(vit_source, converted_vit(target), "--to", target, "--verify")
+    line = capsys.readouterr().out
+    assert float(line.removeprefix("verified: features differ by ").split()[0]) <= 1e-5
+    assert used in line
+    assert ("is not installed" in line) == (not installed)
+    assert ("without class token and final norm" in line) == (target == "detectron2")
+
+
+def test_vit_whose_patches_do_not_divide_the_image_is_verified(tmp_path: Path, capsys: Captured) -> None:
+    torch.save(vit_weights(1, patch_size=60), tmp_path / "in.pth")
+    convert_file(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "timm", "--verify")
+    output = capsys.readouterr().out
+    assert "150 tensors of the vit_tiny_patch60_224, for timm\nverified: features differ by" in output
 
 
 @pytest.mark.parametrize("key", ["color_order", "colour_order"])
@@ -445,13 +548,42 @@ def test_new_file_that_was_not_verified_is_removed(
     assert not list(tmp_path.iterdir())
 
 
-def test_swapped_channels_of_a_vit_are_found(tmp_path: Path, convert_expecting_usage_error: FailingConvert) -> None:
-    torch.save(vit_weights(1), tmp_path / "in.pth")
-    name = "patch_embed.proj.weight"
-    torch.save(without_classifier(vit_weights(1)) | {name: vit_weights(1)[name].flip(1)}, tmp_path / "out.pth")
-    assert "channels" in convert_expecting_usage_error(
-        tmp_path / "in.pth", tmp_path / "out.pth", "--to", "timm", "--verify"
-    )
+VIT_FAULTS: dict[str, tuple[str, Callable[[Weights], object], str]] = {
+    "swapped channels": (
+        "timm",
+        replace("patch_embed.proj.weight", lambda weight: weight.flip(1)),
+        "swapped color channels (RGB and BGR)",
+    ),
+    "bias": ("mmseg", replace("blocks.3.attn.qkv.bias", torch.zeros_like), "its features differ"),
+    "no effect on features": (
+        "detectron2",
+        replace("pos_embed", lambda positions: torch.cat([positions[:, :1] + 1, positions[:, 1:]], dim=1)),
+        "pos_embed differs",
+    ),
+    "missing": ("detectron2", lambda weights: weights.pop("blocks.3.norm1.bias"), "blocks.3.norm1.bias is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", VIT_FAULTS)
+def test_fault_of_a_vit_is_found(
+    fault: str,
+    vit_source: Path,
+    converted_vit: Converted,
+    tmp_path: Path,
+    convert_expecting_usage_error: FailingConvert,
+) -> None:
+    target, change, reason = VIT_FAULTS[fault]
+    weights, provenance = read_back(converted_vit(target), target)
+    change(weights)
+    out = tmp_path / f"faulty{SUFFIX[target]}"
+    if target == "detectron2":
+        model = {f"backbone.net.{name}": value.numpy() for name, value in weights.items()}
+        out.write_bytes(pickle.dumps({"model": model, "__author__": "they", "provenance": provenance}))
+    else:
+        names = {row.timm: row.mmseg if target == "mmseg" else row.timm for row in vit_rows(192, 12, 32)}
+        named = {names[name]: value for name, value in weights.items()}
+        torch.save({"state_dict": named, "provenance": provenance}, out)
+    assert reason in convert_expecting_usage_error(vit_source, out, "--to", target, "--verify")
 
 
 def test_file_for_another_framework_or_of_another_encoder_is_not_verified(
