@@ -535,12 +535,17 @@ NOT_IN_DETECTRON2 = ("cls_token", "norm.weight", "norm.bias")
 
 @pytest.fixture(scope="module")
 def vit() -> ViTEncoder:
-    """A random ViT-Ti with 12 blocks, whose norms and biases are not the initial ones."""
+    """A random ViT-Ti, whose norms and biases are not the initial ones, and whose tokens are small.
+
+    The epsilon of the first norm then counts, in which PyTorch's default differs from a ViT's.
+    """
     torch.manual_seed(0)
     encoder = build_vit("vit_tiny_patch16_224").eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for embedding in (encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, encoder.pos_embed):
+            embedding.mul_(0.02)
     return encoder
 
 
