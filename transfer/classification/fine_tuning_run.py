@@ -69,9 +69,12 @@ def make_fine_tuning_plan(args: argparse.Namespace, num_images: int) -> Training
     if batch_size % ranks:
         raise UsageError(f"--batch-size {batch_size}: not divisible by {ranks} processes; use a multiple")
     if (args.mixup or args.cutmix) and batch_size // ranks % 2:
-        raise UsageError(f"--batch-size {batch_size}: mixup and cutmix need an even number of images per process")
+        raise UsageError(
+            f"--batch-size {batch_size}: mixup and cutmix need an even number of images per process; "
+            f"use a multiple of {2 * ranks}"
+        )
     if batch_size == ranks:
-        raise UsageError(f"--batch-size {batch_size}: batch norm needs at least two images per process")
+        raise UsageError(f"--batch-size {batch_size}: batch norm needs at least two images per process; use more")
     if num_images < batch_size:
         raise UsageError(
             f"--batch-size {batch_size}: more than the {num_images} training images of --data-dir {args.data_dir}; "
