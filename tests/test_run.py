@@ -7,19 +7,30 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import main_pretrain
 from data.datasets import build_dataset
-from data.loader import Batch, collate, prefetch
-from models import build_method
+from data.loader import Batch, EpochSampler, build_loader, collate, prefetch
+from models import METHODS, build_method
 from models.slotcon import SlotCon
-from tests.helpers import METHOD_FLAGS, make_batch, read_metrics, read_weights
+from tests.helpers import (
+    METHOD_FLAGS,
+    build_small_vit,
+    make_method_batch,
+    read_metrics,
+    read_weights,
+    use_small_encoder,
+)
+from tests.reference import optimizers as reference
+from utils.config import make_plan
 from utils.device import choose_device
 from utils.finite import FiniteGuard, restore_unless_, zero_unless_
 from utils.meter import Meter
+from utils.optimizers import set_hyperparameters
 from utils.run import Run
 
 Tiny = Callable[..., list[str]]
@@ -162,28 +173,70 @@ def take_step(run: Run, *batches: Batch) -> Tensor:
     return torch.cat([(p.detach() - old).flatten() for p, old in zip(params, before)])
 
 
-SGD = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0"]
+SGD = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--weight-decay-end", "0", "--clip-grad", "0"]
 
 
-def test_accumulated_batches_make_one_step_of_their_mean_gradient(tiny: Tiny) -> None:
-    """Plain SGD moves by the gradient. The center is fixed, which otherwise moves between the batches."""
-    flags = [*SGD, "--batch-size", "4", "--center-momentum", "1"]
-    batches = [make_batch(4, seed=seed) for seed in (0, 1)]
-    separate = [take_step(build_run(main_pretrain.parse_args(tiny(*flags))), batch) for batch in batches]
-    run = build_run(main_pretrain.parse_args(tiny(*flags, "--accum-steps", "2")))
+@pytest.mark.parametrize(
+    "flags", [["--center-momentum", "1"], ["--method", "gtsa", "--correspondence-epoch", "0"]], ids=["slotcon", "gtsa"]
+)
+def test_accumulated_batches_make_one_step_of_their_mean_gradient(flags: list[str], tiny: Tiny) -> None:
+    """Plain SGD moves by the gradient. SlotCon's center is fixed, which otherwise moves between the batches."""
+    args = main_pretrain.parse_args(tiny(*flags, *SGD, "--batch-size", "4"))
+    batches = [make_method_batch(args, 4, seed=seed) for seed in (0, 1)]
+    separate = [take_step(build_run(args), batch) for batch in batches]
+    run = build_run(main_pretrain.parse_args(tiny(*flags, *SGD, "--batch-size", "4", "--accum-steps", "2")))
     assert run.plan.effective_batch == 8
     mean = (separate[0] + separate[1]) / 2
     # Float32 rounding of sums of some 1e3 products, relative to the largest gradient.
     torch.testing.assert_close(take_step(run, *batches), mean, rtol=0, atol=1e-4 * float(mean.abs().max()))
 
 
-def test_the_gradient_is_clipped_to_its_max_norm(tiny: Tiny) -> None:
-    batch = make_batch(8)
-    unclipped = take_step(build_run(main_pretrain.parse_args(tiny(*SGD))), batch)
-    clipped = take_step(build_run(main_pretrain.parse_args(tiny(*SGD, "--clip-grad", "0.1"))), batch)
-    assert unclipped.norm() > 0.2
-    # Parameters are of the order of 1, so that their changes are known to some 1e-7.
-    torch.testing.assert_close(clipped, unclipped * 0.1 / unclipped.norm(), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("per_parameter", [False, True], ids=["together", "each"])
+@pytest.mark.parametrize(("method", "max_norm"), [("slotcon", 0.1), ("gtsa", 0.02)])
+def test_gradients_are_clipped_to_their_max_norm(method: str, max_norm: float, per_parameter: bool, tiny: Tiny) -> None:
+    flags = ["--method", method, *SGD]
+    run = build_run(main_pretrain.parse_args(tiny(*flags)))
+    batch = make_method_batch(run.args, 8)
+    sizes = [p.numel() for p in run.method.parameters() if p.requires_grad]
+    unclipped = [part.numpy() for part in take_step(run, batch).split(sizes)]
+    norms = [float(np.linalg.norm(part)) for part in unclipped]
+    assert min(norms) < max_norm < max(norms)
+    flags += ["--clip-grad", str(max_norm), f"--{'' if per_parameter else 'no-'}clip-grad-per-parameter"]
+    clipped = take_step(build_run(main_pretrain.parse_args(tiny(*flags))), batch).split(sizes)
+    clip = reference.clip_each if per_parameter else reference.clip_global
+    for change, expected in zip(clipped, clip(unclipped, max_norm), strict=True):
+        # Parameters are of the order of 1, so that their changes are known to some 1e-7.
+        np.testing.assert_allclose(change, expected, rtol=0, atol=1e-6)
+
+
+def test_weight_decay_of_gtsa_grows_and_spares_biases_and_norms(tiny: Tiny) -> None:
+    """Position embeddings and the class token have three dimensions, and decay as matrices do."""
+    with use_small_encoder(build_small_vit):
+        run = build_run(main_pretrain.parse_args(tiny("--method", "gtsa")))
+    trained = {name: p for name, p in run.method.named_parameters() if p.requires_grad}
+    decaying = {id(p) for group in run.optimizer.param_groups if group["decays"] for p in group["params"]}
+    names = {name for name, p in trained.items() if id(p) in decaying}
+    assert names == {name for name, p in trained.items() if p.ndim > 1}
+    assert {"encoder_q.pos_embed", "encoder_q.cls_token", "encoder_q.blocks.0.mlp.fc1.weight"} <= names
+    assert not any(name.endswith("bias") or "norm" in name for name in names)
+    for step, weight_decay in ((0, 0.04), (run.plan.total_steps // 2, 0.22), (run.plan.total_steps, 0.4)):
+        set_hyperparameters(run.optimizer, 0.1, run.plan.weight_decay_at(step))
+        values = [group["weight_decay"] for group in run.optimizer.param_groups]
+        assert values == pytest.approx([weight_decay, 0])
+
+
+def test_views_of_two_sizes_come_from_a_worker_in_one_batch(tiny: Tiny) -> None:
+    args = main_pretrain.parse_args(tiny("--method", "gtsa", "--local-views", "8"))
+    dataset = build_dataset(args, METHODS[args.method].view_recipes(args))
+    sampler = EpochSampler(make_plan(args, len(dataset), 1), 0, args.seed)
+    batch = next(prefetch(build_loader(dataset, sampler, 1, pin_memory=False), torch.device("cpu")))
+    assert [tuple(view.shape) for view in batch.views] == [(8, 3, 64, 64)] * 2 + [(8, 3, 32, 32)] * 8
+    assert {view.dtype for view in batch.views} == {torch.float32}
+    assert (batch.crops.shape, batch.flips.shape, batch.rotations.shape) == ((8, 10, 4), (8, 10), (8, 10))
+    sample = dataset[next(iter(sampler))[0]]
+    assert torch.equal(batch.crops[0], sample.crops)
+    assert torch.equal(batch.rotations[0], sample.rotations)
+    assert batch.color is None
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
