@@ -36,7 +36,7 @@ def draw_pca(extractor: FeatureExtractor, indices: Sequence[int], dpi: int, deta
         side = tile_side(maps.shape[3], pixels_per_image(dpi))
         for index, image, patches in zip(batch.indices.tolist(), resample(batch.images, side), enlarge(maps, side)):
             strips.append(Strip(shorten(extractor.crops.name(index), 36), (image, patches), ()))
-    return draw_strips(strips, dpi, "Principal components of patch features", f"{details}\n{describe_colors(colors)}")
+    return draw_strips(strips, dpi, "PCA of patch features", f"{details}\n{describe_colors(colors)}")
 
 
 def describe_colors(colors: ComponentColors) -> str:
