@@ -676,6 +676,13 @@ def test_unfinished_run_of_another_recipe_is_not_resumed(
     assert command.rows()["voc12aug", "mIoU"]["recipe"] == "released"
 
 
+def test_unfinished_classification_is_not_resumed_with_other_options(command: Command, capsys: CAPSYS) -> None:
+    command.programs["inat19"] = CHECKPOINT.replace("last_checkpoint", "current.pth")
+    assert command.run("--only", "inat19") == 1
+    argv = command.argv("--only", "inat19", "--classification-options=--epochs 1")
+    assert "contains an unfinished run of another recipe" in run_expecting_usage_error(evaluate.main, argv, capsys)
+
+
 def test_options_of_a_run_that_failed_before_its_first_checkpoint_can_be_mended(command: Command) -> None:
     command.programs["coco"] = "raise SystemExit('train_net.py: KEY VALUE: Non-existent config key: SOLVER.X')"
     assert command.run("--only", "coco", "--detection-options", "SOLVER.X 9") == 1
@@ -713,6 +720,14 @@ def test_max_val_images_applies_to_all_but_cityscapes_instances(without_gpu: Com
     rows = without_gpu.rows()
     assert rows["voc12aug", "mIoU"]["recipe"] == rows["coco", "box AP"]["recipe"] == "changed: --max-val-images=5"
     assert rows["cityscapes_instances", "mask AP"]["recipe"] == "this project's"
+
+
+def test_damaged_list_of_images_is_named_before_the_runs(without_gpu: Command, capsys: CAPSYS) -> None:
+    argv = without_gpu.argv("--only", "inat19", "--device", "cpu")
+    path = without_gpu.folder / "classification/inat19/val2019.json"  # which is empty
+    error = run_expecting_usage_error(evaluate.main, argv, capsys)
+    assert f"{path}: damaged, it lists no images; download it again" in error
+    assert not without_gpu.out.exists()
 
 
 def test_commands_are_the_published_ones(tmp_path: Path) -> None:
@@ -842,7 +857,7 @@ def test_published_numbers_are_those_of_the_architecture(
     options = ("--out", str(command.folder / "other"), "--classification-options=--epochs 1", "--only", "inat19")
     assert command.run(*options) == 0
     table = (command.folder / "other/results.md").read_text()
-    assert "| changed: --epochs=1 |" in table.replace("this project's, ", "")
+    assert "| this project's, changed: --epochs=1 |" in table
     assert "published: " not in table
 
 
