@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import main_pretrain
-from tests.helpers import run_expecting_usage_error
+from tests.helpers import make_image, read_metrics, run_expecting_usage_error
+
+VIT = ["--arch", "vit_tiny_patch16_224"]
+GTSA = ["--method", "gtsa"]
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,40 @@ def test_a_folder_without_images_is_refused(
     (tmp_path / "notes.txt").touch()
     argv = tiny("--data-dir", str(tmp_path))
     assert "no images" in run_expecting_usage_error(main_pretrain.main, argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*VIT, "--output-stride", "16"], "--output-stride 16: the stride of a vit_tiny_patch16_224 is its patch size"),
+        ([*VIT, "--patch-size", "24"], "--image-size 64: not a multiple of the patch size 24; use 48 or 72"),
+        ([*GTSA, *VIT, "--local-size", "40"], "--local-size 40: not a multiple of the patch size 16; use 32 or 48"),
+        ([*GTSA, *VIT, "--patch-size", "0"], "--patch-size"),
+        (["--patch-size", "8"], "--patch-size 8: a resnet18 has no patches"),
+        (["--drop-path", "0.1"], "--drop-path 0.1: only ViTs have it"),
+        ([*GTSA, "--drop-path", "0.1"], "--drop-path 0.1: only ViTs have it"),
+        ([*GTSA, "--num-prototypes", "8"], "--num-prototypes"),
+        (["--local-views", "2"], "--local-views"),
+    ],
+)
+def test_flags_that_do_not_fit_the_encoder_or_the_method_are_named(
+    flags: list[str], message: str, tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in run_expecting_usage_error(main_pretrain.main, tiny(*flags), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_views_that_cannot_meet_and_narrow_images_train(
+    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without tries, crops need not intersect; no crop of the published shapes fits into an image of 1 x 1000 px."""
+    monkeypatch.setattr("models.gtsa._MAX_TRIES", 0)
+    (tmp_path / "images").mkdir()
+    for number, size in enumerate([(1, 1000), (1000, 1), (1, 1), (400, 300)] * 4):
+        image = Image.new("RGB", size, "red") if 1 in size else make_image(*size, seed=number)
+        image.save(tmp_path / f"images/{number}.png")
+    main_pretrain.main(tiny(*GTSA, "--data-dir", str(tmp_path / "images"), "--local-views", "6"))
+    (metrics,) = read_metrics(tmp_path / "run")
+    assert metrics["optim/skipped_steps"] == metrics["data/unreadable_images"] == 0
+    assert -1 <= metrics["loss/crop"] <= 1

@@ -1,16 +1,20 @@
 """What a step costs and asks for, counted on tensors without data: no host reads, and work that grows linearly."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_pretrain
-from models import build_method
+from models import METHODS, build_method
+from models.backbones import build_encoder
 from tests.helpers import METHOD_FLAGS
 from utils.batch import Batch
 from utils.device import choose_device
@@ -26,12 +30,13 @@ FLAGS = [
 ]
 
 
-def make_empty_batch(batch_size: int, image_size: int) -> Batch:
-    """Make a batch of the right shapes; below a `FakeTensorMode` it has no values."""
-    views = [torch.empty(batch_size, 3, image_size, image_size) for _ in range(2)]
-    crops, flips = torch.empty(batch_size, 2, 4), torch.empty(batch_size, 2, dtype=torch.bool)
-    index = torch.empty(batch_size, dtype=torch.int64)
-    return Batch(views, crops, flips, torch.empty(batch_size, 2, dtype=torch.int64), index)
+def make_empty_batch(args: argparse.Namespace, batch_size: int, epoch: float = 0.0) -> Batch:
+    """Make a batch with the shapes of the views of a method; below a `FakeTensorMode` it has no values."""
+    sizes = [recipe.size for recipe in METHODS[args.method].view_recipes(args)]
+    views, shape = [torch.empty(batch_size, 3, size, size) for size in sizes], (batch_size, len(sizes))
+    crops, flips = torch.empty(*shape, 4), torch.empty(shape, dtype=torch.bool)
+    index, rotations = torch.empty(batch_size, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+    return Batch(views, crops, flips, rotations, index, epoch=epoch)
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
@@ -42,14 +47,23 @@ def test_a_step_reads_nothing_from_the_device(flags: list[str], tiny: Callable[.
     run = main_pretrain.build_run(args, choose_device(args), num_images=64)
     guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, 64, run.method.build_monitor(8))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        batches = iter([make_empty_batch(8, args.image_size)] * args.accum_steps)
-        main_pretrain.train_step(run, run.method, batches, guard, meter, 3)
+        batches = iter([make_empty_batch(args, 8)] * args.accum_steps)
+        main_pretrain.train_step(run, run.method, batches, guard, meter, 8)  # the first step of the second epoch
         with pytest.raises(DataDependentOutputException):
             meter.read(4)  # once a report
 
 
+def test_attention_of_a_vit_is_the_fused_function_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    with torch.device("meta"):
+        vit = build_encoder("vit_tiny_patch16_224").train()
+        vit(torch.empty(2, 3, 32, 32))
+    assert fused.call_count == len(vit.blocks)
+
+
 def count_work(batch_size: int, *flags: str) -> tuple[float, float]:
-    """Count operations of forward and backward, and bytes kept in between, per image of 224 px in bfloat16."""
+    """Count operations of forward and backward with all losses, and bytes kept in between, per image in bfloat16."""
     args = main_pretrain.parse_args(["--device", "cpu", *flags])
     with torch.device("meta"):
         method = build_method(args)
@@ -62,7 +76,7 @@ def count_work(batch_size: int, *flags: str) -> tuple[float, float]:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")
-        batch = replace(make_empty_batch(batch_size, 224), seed=1)
+        batch = replace(make_empty_batch(args, batch_size, epoch=100.0), seed=1)
         hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
         with FlopCounterMode(display=False) as forward, torch.autocast("cpu", torch.bfloat16), hooks:
             loss = method(batch)["loss"]
@@ -96,3 +110,12 @@ def test_slotfa_costs_what_slotcon_does_without_contrast() -> None:
     more_flops, more_kept = count_work(64, "--method", "slotfa")
     assert 1 < more_flops / flops < 1.01
     assert 1 < more_kept / kept < 1.02
+
+
+def test_work_and_memory_of_gtsa_grow_linearly_with_the_batch() -> None:
+    """All views of ViT-S/16, forward and backward; two of ten views forward; heads and losses add less than half."""
+    (flops, kept), (more_flops, more_kept) = (count_work(batch_size, "--method", "gtsa") for batch_size in (64, 512))
+    assert more_flops == pytest.approx(flops, rel=1e-3)
+    assert more_kept < 1.01 * kept
+    assert flops == pytest.approx(152e9, rel=0.01)
+    assert kept < 128 * 2**20
