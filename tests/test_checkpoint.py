@@ -13,15 +13,27 @@ from torch import Tensor, nn
 
 from models import build_method
 from tests.checkpoint_data import add_prefix, assert_equal, resnet18_weights, without_classifier
+from tests.helpers import build_small_vit
 from transfer.encoders import EncoderWeights
 from transfer.formats import write_converted
 from utils import checkpoint
 from utils.errors import UsageError
+from utils.vit_names import detectron2_vit_name
 
 CLASSIFIER = {"fc.weight": torch.ones(2)}
 STUDENT = {"conv1.weight": torch.ones(2), "bn1.running_mean": torch.ones(2), "bn1.num_batches_tracked": torch.tensor(5)}
 TEACHER = {name: value + 1 for name, value in STUDENT.items()}
 VIT = {"patch_embed.proj.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)}
+MMSEG_VIT = {"patch_embed.projection.weight": torch.ones(2), "layers.0.ln1.weight": torch.ones(2)}
+RELEASED_GTSA = {
+    "base_encoder": "encoder_q",
+    "momentum_encoder": "encoder_k",
+    "base_projector": "projector_q",
+    "momentum_projector": "projector_k",
+    "base_predictor": "predictor",
+    "rot_predictor": "rotation_head",
+}
+"""The parts of a released checkpoint of GTSA, and their names here."""
 SLOTCON = add_prefix("encoder_q.", STUDENT) | add_prefix("encoder_k.", TEACHER) | {"bn9.running_mean": torch.ones(2)}
 GTSA = add_prefix("base_encoder.", STUDENT) | add_prefix("momentum_encoder.", TEACHER | CLASSIFIER)
 STEM = {
@@ -44,6 +56,9 @@ FILES: dict[str, tuple[dict[str, Any], str, dict[str, Tensor]]] = {
     "torchvision": (STUDENT | CLASSIFIER, "only", STUDENT),
     "backbone-only": ({"model": STUDENT, "epoch": 3}, "only", STUDENT),
     "timm": ({"state_dict": VIT | {"head.weight": torch.ones(2)}}, "only", VIT),
+    "mmseg's ViT": ({"state_dict": MMSEG_VIT}, "only", VIT),
+    "segmentor with a ViT": ({"state_dict": add_prefix("backbone.", MMSEG_VIT) | OTHERS}, "only", VIT),
+    "detectron2's ViT": ({"model": add_prefix("backbone.net.", VIT) | HEADS}, "only", VIT),
     "detectron2's backbone": ({"model": DETECTRON2}, "only", STUDENT),
     "detectron2 FPN": ({"model": add_prefix("backbone.bottom_up.", DETECTRON2) | HEADS}, "only", STUDENT),
     "detectron2 C4": (
@@ -161,6 +176,76 @@ def test_run_starts_from_all_parts_and_keeps_prototypes_of_another_number(
     assert_equal(same.state_dict(), source.state_dict())
     copied = checkpoint.initialize_from(other, path)
     assert set(copied) == everything - {"grouping_q", "grouping_k", "center"}
+
+
+@pytest.fixture
+def build_with_vit(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Build a method with a small ViT."""
+    import main_pretrain
+
+    for module in ("models.gtsa", "models.slotcon"):
+        monkeypatch.setattr(f"{module}.build_encoder", build_small_vit)
+
+    def build(method: str, *flags: str) -> Any:
+        return build_method(
+            main_pretrain.parse_args(tiny("--method", method, "--arch", "vit_tiny_patch16_224", *flags))
+        )
+
+    return build
+
+
+def released_gtsa(method: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Return a checkpoint of a method as the authors of GTSA name its parts, with other names in the heads."""
+    model = {}
+    for released, name in RELEASED_GTSA.items():
+        for key, value in method.get_submodule(name).state_dict().items():
+            in_head = key if "encoder" in name else f"layers.{key}"
+            model[f"{prefix}{released}.{in_head}"] = value
+    return {"args": argparse.Namespace(arch="vit_small"), "model": model, "epoch": 100}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_run_starts_from_all_parts_of_a_released_gtsa_checkpoint(
+    prefix: str, build_with_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, method = build_with_vit("gtsa"), build_with_vit("gtsa")
+    for value in source.encoder_k.state_dict().values():
+        value += 1  # so that student and teacher differ
+    path = save_file(tmp_path / "in.pth", released_gtsa(source, prefix))
+    assert set(checkpoint.initialize_from(method, path)) == set(RELEASED_GTSA.values())
+    assert_equal(method.state_dict(), source.state_dict())
+
+
+def test_run_starts_from_its_own_gtsa_checkpoint_and_keeps_heads_that_do_not_fit(
+    build_with_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, method = build_with_vit("gtsa"), build_with_vit("gtsa", "--dim-out", "24")
+    path = save_file(tmp_path / "in.pth", {"model": source.state_dict()})
+    initial = {name: value.clone() for name, value in method.projector_q.state_dict().items()}
+    assert set(checkpoint.initialize_from(method, path)) == {"encoder_q", "encoder_k", "rotation_head"}
+    assert_equal(method.encoder_k.state_dict(), source.encoder_k.state_dict())
+    assert_equal(method.projector_q.state_dict(), initial)
+
+
+def test_slotcon_starts_from_the_encoders_of_gtsa(build_with_vit: Callable[..., Any], tmp_path: Path) -> None:
+    source, method = build_with_vit("gtsa"), build_with_vit("slotcon")
+    path = save_file(tmp_path / "in.pth", released_gtsa(source))
+    assert set(checkpoint.initialize_from(method, path)) == {"encoder_q", "encoder_k"}
+    assert_equal(method.encoder_q.state_dict(), source.encoder_q.state_dict())
+
+
+def test_run_does_not_start_from_a_vit_of_another_image_size_or_of_detectron2(
+    build_with_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    method = build_with_vit("gtsa")
+    weights = method.encoder_q.state_dict()
+    path = save_file(tmp_path / "in.pth", weights | {"pos_embed": torch.ones(1, 24 * 24 + 1, 24)})
+    with pytest.raises(UsageError, match="encoder_q: pos_embed is for 24 x 24 patches and should be for 14 x 14; use"):
+        checkpoint.initialize_from(method, path)
+    in_detectron2 = {f"backbone.net.{name}": value for name, value in weights.items() if detectron2_vit_name(name)}
+    path = save_file(tmp_path / "detector.pth", {"model": in_detectron2})
+    with pytest.raises(UsageError, match=r"--init .*detector\.pth: a ViT of detectron2, without class token and final"):
+        checkpoint.initialize_from(method, path)
 
 
 def test_run_does_not_start_from_another_architecture_or_no_encoder(

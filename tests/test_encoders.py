@@ -98,6 +98,26 @@ def test_architecture_is_inferred_from_its_librarys_shapes(arch: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("arch", ["vit_small_patch12_224", "vit_tiny_patch60_224", "vit_large_patch224_224"])
+def test_patch_size_of_a_vit_is_inferred(arch: str) -> None:
+    with torch.device("meta"):
+        assert infer_arch(build_encoder(arch).state_dict(), "file") == arch
+
+
+def test_vit_of_another_image_size_is_refused_with_its_grid(tmp_path: Path) -> None:
+    """As timm's ViTs for 384 px."""
+    torch.save(vit_weights(1) | {"pos_embed": torch.ones(1, 24 * 24 + 1, 192)}, tmp_path / "in.pth")
+    with pytest.raises(UsageError, match=r"vit_tiny_patch16_224.* is for 24 x 24 patches and should be for 14 x 14"):
+        read_encoder(tmp_path / "in.pth")
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_vit_of_an_impossible_patch_size_is_refused(size: int) -> None:
+    weights = without_classifier(vit_weights(1)) | {"patch_embed.proj.weight": torch.ones(192, 3, size, size)}
+    with pytest.raises(UsageError, match=rf"patch_embed.proj.weight is \(192, 3, {size}, {size}\) and should be"):
+        infer_arch(weights, "file")
+
+
 def test_vit_without_timm_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transfer.encoders
 
