@@ -109,6 +109,10 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         default=_DEFAULT_STRIDE,
         help="stride of the feature map: 16 and 8 dilate ResNet-50 and larger; that of a ViT is its patch size",
     )
+
+
+def add_training_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the encoder that only have an effect in training."""
     group.add_argument(
         "--drop-path",
         type=between(0, 1),

@@ -89,7 +89,7 @@ def load_batches(
     args: argparse.Namespace, dataset: MultiViewDataset, indices: Sequence[int], device: torch.device
 ) -> Iterator[Batch]:
     """Yield the views of the images `indices`, colored as in pre-training, on the device."""
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         Subset(dataset, indices),  # type: ignore[arg-type]
         args.batch_size,
         num_workers=loader_workers(args.num_workers),
