@@ -1,5 +1,6 @@
 """timm's vision transformers as dense encoders."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -15,9 +16,8 @@ from utils.errors import UsageError
 class ViTEncoder(VisionTransformer, Encoder):
     """A ViT that returns its patch tokens as a map, for images whose sides are multiples of the patch size.
 
-    Position embeddings follow the size of the images by the rule of DINO (arXiv 2104.14294) and of GTSA: bicubic
-    interpolation by the factor (n + 0.1) / N for n patches instead of N, without antialiasing. timm's own rule differs
-    a little, except at the size of pre-training.
+    Position embeddings follow the size of the images by `resize_position_embeddings`. timm's own rule differs a little,
+    except at the size of pre-training.
     """
 
     def check_image_size(self, size: int, flag: str = "--image-size") -> None:
@@ -34,20 +34,37 @@ class ViTEncoder(VisionTransformer, Encoder):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Add position embeddings to patches (B, h, w, width), and prepend the class token: (B, 1 + h w, width)."""
         embeddings: Any = self.pos_embed
-        class_position, positions = embeddings[:, :1], embeddings[:, 1:]
-        grid, size = self.patch_embed.grid_size, x.shape[1:3]
-        if size != grid:
-            planes = positions.unflatten(1, grid).permute(0, 3, 1, 2)
-            factors = ((size[0] + 0.1) / grid[0], (size[1] + 0.1) / grid[1])
-            planes = F.interpolate(planes.float(), scale_factor=factors, mode="bicubic").to(x.dtype)
-            positions = planes.flatten(2).transpose(1, 2)
-        class_token = self.cls_token + class_position
-        return torch.cat([class_token.to(x.dtype).expand(len(x), -1, -1), x.flatten(1, 2) + positions], dim=1)
+        class_token = self.cls_token + embeddings[:, :1]
+        positions = resize_position_embeddings(embeddings[:, 1:], self.patch_embed.grid_size, x.shape[1:3])
+        return torch.cat(
+            [class_token.to(x.dtype).expand(len(x), -1, -1), x.flatten(1, 2) + positions.to(x.dtype)], dim=1
+        )
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Map images (B, 3, H, W) to (B, width, H / stride, W / stride)."""
         tokens = self.forward_features(images)[:, self.num_prefix_tokens :]
         return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // self.stride, images.shape[3] // self.stride))
+
+
+def resize_position_embeddings(positions: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Interpolate the position embeddings of patches by the rule of DINO (arXiv 2104.14294), which GTSA shares.
+
+    The interpolation is bicubic by the factor (n + 0.1) / N for n patches instead of N, without antialiasing.
+
+    Args:
+        positions: (1, N, width) without the class token's.
+        grid: rows and columns of the N patches.
+        size: rows and columns of the result.
+
+    Returns:
+        (1, n, width); `positions` itself where the size is that of the grid.
+    """
+    if tuple(size) == tuple(grid):
+        return positions
+    planes = positions.unflatten(1, tuple(grid)).permute(0, 3, 1, 2).float()
+    factors = [(new + 0.1) / old for new, old in zip(size, grid, strict=True)]
+    planes = F.interpolate(planes, scale_factor=factors, mode="bicubic")
+    return planes.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 def build_vit(arch: str, drop_path: float = 0.0) -> ViTEncoder:

@@ -1,5 +1,6 @@
 """A backbone for detectron2's configs: its ViT, whose outputs of four blocks feed an FPN at the strides 4 to 32."""
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -7,12 +8,13 @@ from typing import Any
 
 import timm.layers
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
+
+from models.vit import resize_position_embeddings
 
 # detectron2 imports timm's layers by their former name, which timm deprecates with a warning.
 sys.modules.setdefault("timm.models.layers", timm.layers)
@@ -36,8 +38,8 @@ def add_vit_config(cfg: CfgNode) -> None:
 class MultiOutputViT(ViT):
     """detectron2's ViT, which returns the outputs of several blocks.
 
-    There is no class token. Position embeddings follow the size of the images as in `models.vit.ViTEncoder`, by DINO's
-    rule (arXiv 2104.14294), from which detectron2's rule differs.
+    There is no class token. Position embeddings follow the size of the images as in `models.vit.ViTEncoder`;
+    detectron2's own rule differs.
     """
 
     def __init__(self, out_blocks: Sequence[int], embed_dim: int, patch_size: int, **options: Any):
@@ -52,23 +54,15 @@ class MultiOutputViT(ViT):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to maps (B, width, H / patch size, W / patch size) by the names of their blocks."""
         tokens = self.patch_embed(images)
-        tokens = tokens + _resize_positions(self.pos_embed[:, 1:], tokens.shape[1], tokens.shape[2])
+        side, size = math.isqrt(self.pos_embed.shape[1]), tokens.shape[1:3]
+        positions = resize_position_embeddings(self.pos_embed[:, 1:], (side, side), size)
+        tokens = tokens + positions.unflatten(1, size)
         outputs = {}
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in self.out_blocks:
                 outputs[f"block{number}"] = tokens.permute(0, 3, 1, 2)
         return outputs
-
-
-def _resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Interpolate position embeddings of a square grid (1, N, C) to (1, height, width, C) by DINO's rule."""
-    side = round(positions.shape[1] ** 0.5)
-    planes = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if (height, width) != (side, side):
-        factors = ((height + 0.1) / side, (width + 0.1) / side)
-        planes = F.interpolate(planes, scale_factor=factors, mode="bicubic")
-    return planes.permute(0, 2, 3, 1)
 
 
 class RescaledBlocks(Backbone):
