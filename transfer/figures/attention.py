@@ -31,4 +31,6 @@ def draw_attention(extractor: FeatureExtractor, indices: Sequence[int], dpi: int
             maps = enlarge(weight_colors(torch.cat([weights.mean(dim=0, keepdim=True), weights])), side)
             strips.append(Strip(shorten(extractor.crops.name(index), 36), (image, *maps), captions))
     title = "Attention of the class token in the last block"
-    return draw_strips(strips, dpi, title, f"{details}\neach map from its smallest weight (black) to its largest (yellow)")
+    return draw_strips(
+        strips, dpi, title, f"{details}\neach map from its smallest weight (black) to its largest (yellow)"
+    )
