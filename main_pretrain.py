@@ -175,12 +175,12 @@ def train_step(
     set_hyperparameters(run.optimizer, plan.lr_at(step), plan.weight_decay_at(step))
     run.method.update_teacher(plan.teacher_momentum_at(step))
     guard.begin_step()
-    distributed.seed_step(args.seed, step)
     if args.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()
     outputs = []
     for number in range(args.accum_steps):
         batch = replace(next(batches), step=step, epoch=plan.epoch(step), seed=args.seed)
+        distributed.seed_forward(args.seed, step, number)  # after `next`, because a new loader draws a number, too
         meter.record_batch(batch)
         is_last = number == args.accum_steps - 1
         with nullcontext() if is_last else distributed.no_sync(model):

@@ -272,6 +272,25 @@ def test_ranks_have_the_losses_and_the_gradient_of_gtsa_of_one_process(ranks: li
             torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-9, atol=rounding, msg=name)
 
 
+def test_random_numbers_of_a_forward_differ_by_step_batch_rank_and_seed_alone() -> None:
+    state, draws = torch.get_rng_state(), []
+    for rank, seed, step, number in [
+        (0, 0, 0, 0),
+        (0, 0, 0, 0),
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 1, 0),
+        (0, 0, 0, 1),
+    ]:
+        torch.rand(3)
+        with patch("utils.distributed.rank", lambda: rank):  # noqa: B023
+            distributed.seed_forward(seed, step, number)
+        draws.append(tuple(torch.rand(4).tolist()))
+    torch.set_rng_state(state)
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 5
+
+
 def test_a_global_batch_is_split_over_the_ranks(tmp_path: Path) -> None:
     """Every rank takes its share of the same permutation, from any step on."""
     from data.loader import EpochSampler

@@ -13,6 +13,7 @@ import main_pretrain
 from tests.helpers import (
     METHOD_FLAGS,
     TINY,
+    build_small_vit,
     read_metrics,
     read_weights,
     run_expecting_usage_error,
@@ -45,6 +46,16 @@ def finished_run(original_run: Path, tmp_path: Path) -> Path:
     ids=" ".join,
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(flags: list[str], tiny: Tiny, tmp_path: Path) -> None:
+    assert_resumed_run_equals_the_uninterrupted_one(flags, tiny, tmp_path)
+
+
+def test_stochastic_depth_of_a_resumed_run_is_that_of_the_uninterrupted_one(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*METHOD_FLAGS["gtsa"], "--drop-path", "0.5", "--accum-steps", "2", "--batch-size", "4"]
+    with use_small_encoder(build_small_vit):
+        assert_resumed_run_equals_the_uninterrupted_one(flags, tiny, tmp_path)
+
+
+def assert_resumed_run_equals_the_uninterrupted_one(flags: list[str], tiny: Tiny, tmp_path: Path) -> None:
     """Bit for bit; the interrupted run had got further than its last checkpoint, and had other loader workers."""
     flags = [*flags, "--epochs", "3", "--save-freq", "1", "--print-freq", "1"]
     main_pretrain.main(tiny(*flags, "--num-workers", "1"))

@@ -77,6 +77,7 @@ def compile_methods(module: nn.Module, names: Sequence[str], args: argparse.Name
     """
     torch._dynamo.config.suppress_errors = distributed.world_size() == 1
     torch._functorch.config.activation_memory_budget = args.activation_budget
+    torch._inductor.config.fallback_random = True  # stochastic depth draws the same numbers as eager code
     mode = "reduce-overhead" if args.cuda_graphs else "default"
     for name in names:
         setattr(module, name, torch.compile(getattr(module, name), mode=mode, dynamic=False))

@@ -149,9 +149,9 @@ def check_same_on_all_ranks(flags: str, value: object) -> None:
         raise UsageError(f"{flags}: not the same on all nodes; give each of them the same files and flags")
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generators by (seed, step, rank), so that stochastic depth repeats itself in a resumed run."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
+def seed_forward(seed: int, step: int, number: int) -> None:
+    """Seed torch's generators for batch `number` of a step on this rank: a resumed run repeats its stochastic depth."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, number, rank()]).generate_state(1, np.uint64)[0]))
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
