@@ -125,10 +125,12 @@ def resolve_patch_size(args: argparse.Namespace) -> None:
     """Make `args.arch` and `args.patch_size` agree: --patch-size replaces the patch size in the name of --arch.
 
     Raises:
-        UsageError: --arch is not a ViT, and --patch-size is given.
+        UsageError: --patch-size is given, and --arch is not a ViT or its 224 px are smaller than a patch.
     """
     if is_vit(args.arch):
         args.patch_size = args.patch_size or vit_patch_size(args.arch)
+        if args.patch_size > 224:
+            raise UsageError(f"--patch-size {args.patch_size}: larger than the 224 px of {args.arch}; use at most 224")
         args.arch = re.sub(r"_patch\d+_", f"_patch{args.patch_size}_", args.arch)
     elif args.patch_size:
         raise UsageError(f"--patch-size {args.patch_size}: a {args.arch} has no patches; omit it, or use a ViT")

@@ -152,15 +152,16 @@ class GTSA(Method):
     def compute_losses(
         self, batch: Batch, student: list[StudentViews], teacher: Tensor, with_correspondence: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute the loss terms whose weight is not 0, and the accuracy of the rotation head."""
-        predictions = [group.predictions for group in student]
-        logits, labels = torch.cat([group.logits for group in student]), _by_view(batch.rotations)
+        """Compute the loss terms whose weight is not 0, and the accuracy of the rotation head if it is trained."""
+        predictions, statistics = [group.predictions for group in student], {}
         losses = {"loss/crop": self.crop_loss(batch, predictions, teacher)}
         if with_correspondence and self.loss_weights["loss/correspondence"]:
             losses["loss/correspondence"] = self.correspondence_loss(len(batch.index), predictions, teacher)
         if self.loss_weights["loss/rotation"]:
+            logits, labels = torch.cat([group.logits for group in student]), _by_view(batch.rotations)
             losses["loss/rotation"] = F.cross_entropy(upcast(logits), labels)
-        return losses, {"rotation/accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+            statistics["rotation/accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
+        return losses, statistics
 
     def crop_loss(self, batch: Batch, predictions: list[Tensor], teacher: Tensor) -> Tensor:
         """Compare student and teacher on the pixels that two views share, upright; the mean over the pairs of views."""

@@ -120,6 +120,8 @@ def test_patch_size_replaces_that_in_the_name_of_the_architecture() -> None:
     assert main_pretrain.parse_args([]).patch_size is None
     with pytest.raises(UsageError, match="--patch-size 8: a resnet50 has no patches"):
         main_pretrain.parse_args(["--patch-size", "8"])
+    with pytest.raises(UsageError, match="--patch-size 225: larger than the 224 px"):
+        main_pretrain.parse_args([*arch, "--patch-size", "225"])
 
 
 @pytest.mark.parametrize(("flags", "expected"), [([], True), (["--no-clip-grad-per-parameter"], False)])
