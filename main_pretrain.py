@@ -45,9 +45,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = config.make_parser(__doc__)
     parser.add_argument("--method", choices=tuple(METHODS), default="slotcon", help="pre-training method")
     data.datasets.add_arguments(parser.add_argument_group("data"))
-    encoder = parser.add_argument_group("encoder")
-    models.backbones.add_arguments(encoder)
-    models.backbones.add_training_arguments(encoder)
+    encoder_group = parser.add_argument_group("encoder")
+    models.backbones.add_arguments(encoder_group)
+    models.backbones.add_training_arguments(encoder_group)
     config.add_optimization_arguments(parser.add_argument_group("optimization"))
     compiler.add_arguments(parser.add_argument_group("speed"))
     config.add_run_arguments(parser.add_argument_group("run"))
@@ -56,9 +56,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         method = METHODS[chosen.method]
         method.add_arguments(parser.add_argument_group(f"method {chosen.method}"))
         config.set_recipe(parser, method.recipe)
-        arch = chosen.arch or parser.get_default("arch")
-        is_vit = models.backbones.is_vit(arch)
-        config.set_recipe(parser, method.vit_recipe if is_vit else method.resnet_recipe)
+        if models.backbones.is_vit(chosen.arch or parser.get_default("arch")):
+            config.set_recipe(parser, method.vit_recipe)
     args = parser.parse_args(argv)
     models.backbones.resolve_patch_size(args)
     return args

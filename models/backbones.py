@@ -35,7 +35,9 @@ VITS = (
     "vit_large_patch14_224",
 )
 ARCHITECTURES = RESNETS + VITS
-_VIT_NAME = re.compile(r"vit_(tiny|small|base|large)_patch([1-9]\d*)_224")
+VIT_IMAGE_SIZE = 224
+"""Side of the images, in pixels, to which the position embeddings of a ViT belong."""
+_VIT_NAME = re.compile(rf"(vit_(?:tiny|small|base|large)_patch)([1-9]\d*)(_{VIT_IMAGE_SIZE})")
 _DEFAULT_STRIDE = 32
 _DILATED_STAGES = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}
 _NOT_DILATABLE = ("resnet18", "resnet34")  # the basic blocks of torchvision have no dilation
@@ -51,6 +53,18 @@ def vit_patch_size(arch: str) -> int:
     match = _VIT_NAME.fullmatch(arch)
     assert match, arch
     return int(match[2])
+
+
+def with_patch_size(arch: str, patch_size: int) -> str:
+    """Return the name of a ViT with another patch size."""
+    return _VIT_NAME.sub(rf"\g<1>{patch_size}\g<3>", arch)
+
+
+def _architecture(name: str) -> str:
+    """Return the name of an architecture, for argparse."""
+    if name in RESNETS or is_vit(name):
+        return name
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ARCHITECTURES)}")
 
 
 class Encoder(nn.Module):
@@ -94,7 +108,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the encoder."""
     group.add_argument(
         "--arch",
-        choices=ARCHITECTURES,
+        type=_architecture,
         metavar="ARCH",
         default="resnet50",
         help="encoder: a ResNet of torchvision (resnet18 ...) or a ViT of timm (vit_tiny_patch16_224 ...)",
@@ -125,13 +139,13 @@ def resolve_patch_size(args: argparse.Namespace) -> None:
     """Make `args.arch` and `args.patch_size` agree: --patch-size replaces the patch size in the name of --arch.
 
     Raises:
-        UsageError: --patch-size is given, and --arch is not a ViT or its 224 px are smaller than a patch.
+        UsageError: --patch-size is given, and --arch is not a ViT, or is one for images smaller than a patch.
     """
     if is_vit(args.arch):
         args.patch_size = args.patch_size or vit_patch_size(args.arch)
-        if args.patch_size > 224:
-            raise UsageError(f"--patch-size {args.patch_size}: larger than the 224 px of {args.arch}; use at most 224")
-        args.arch = re.sub(r"_patch\d+_", f"_patch{args.patch_size}_", args.arch)
+        if args.patch_size > VIT_IMAGE_SIZE:
+            raise UsageError(f"--patch-size {args.patch_size}: larger than the {VIT_IMAGE_SIZE} px of {args.arch}")
+        args.arch = with_patch_size(args.arch, args.patch_size)
     elif args.patch_size:
         raise UsageError(f"--patch-size {args.patch_size}: a {args.arch} has no patches; omit it, or use a ViT")
 

@@ -1,7 +1,6 @@
 """GTSA (arXiv 2304.08014): features that follow the geometric transformations of their views."""
 
 import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +14,7 @@ from models.backbones import build_encoder
 from models.ema import copy_and_freeze, ema_update
 from models.heads import ConvHead, RotationHead
 from models.losses import aligned_cosine, patch_correspondence
-from models.method import Method
+from models.method import VIT_OPTIMIZATION, Method
 from models.precision import upcast
 from utils.batch import Batch
 from utils.config import at_least, between
@@ -24,12 +23,12 @@ from utils.view_recipes import ColorRecipe, OverlapCondition, ViewRecipe
 _GLOBAL, _LOCAL = slice(2), slice(2, None)
 """The global views of a batch, which the teacher sees as well, and the local views."""
 _CELLS = (10, 10), (4, 4)
-"""Cells of the pixels that a global, or a local, view of the student shares with a view of the teacher."""
+"""Rows and columns of RoIAlign for pairs with a global, and with a local, view of the student."""
 _MAX_TRIES = 100
-"""Crops drawn until one intersects the other views; after them, a crop is taken that need not intersect them."""
+"""Crops drawn under the condition to intersect the global views, before one is drawn without it."""
 
 
-class StudentViews(NamedTuple):
+class StudentOutput(NamedTuple):
     """What the student computes from N views of one size."""
 
     predictions: Tensor
@@ -47,21 +46,14 @@ class GTSA(Method):
     recipe: ClassVar[Mapping[str, Any]] = {
         "dataset": "COCO",
         "arch": "vit_small_patch16_224",
-        "drop_path": 0.1,
         "image_size": 224,
         "min_scale": 0.3,
         "batch_size": 512,
         "epochs": 100,
-        "warmup_epoch": 10,
-        "warmup_multiplier": math.inf,
-        "optimizer": "adamw",
-        "base_lr": 5e-4,
-        "weight_decay": 0.04,
-        "weight_decay_end": 0.4,
-        "clip_grad": 3.0,
+        **VIT_OPTIMIZATION,
         "clip_grad_per_parameter": True,
     }
-    resnet_recipe: ClassVar[Mapping[str, Any]] = {"drop_path": 0.0}  # ours: the paper trains ViTs only
+    vit_recipe: ClassVar[Mapping[str, Any]] = {"drop_path": 0.1}
     view_size_flags: ClassVar[tuple[str, ...]] = ("--image-size", "--local-size")
     compiled: ClassVar[tuple[str, ...]] = ("encode_student", "encode_teacher", "compute_losses")
 
@@ -85,7 +77,7 @@ class GTSA(Method):
             "--correspondence-epoch",
             type=at_least(0),
             default=11,
-            help="number of epochs before the patch correspondence loss starts",
+            help="epochs before the patch correspondence loss starts; shorter runs never have it",
         )
         add("--rotation-weight", type=weight, default=0.5, help="weight of the rotation loss")
 
@@ -136,13 +128,13 @@ class GTSA(Method):
         student = [self.encode_student(group) for group in views]
         with_correspondence = batch.epoch >= self.correspondence_epoch
         losses, statistics = self.compute_losses(batch, student, teacher, with_correspondence)
-        loss = sum(self.loss_weights[name] * term for name, term in losses.items())
-        return {"loss": torch.as_tensor(loss)} | {name: term.detach() for name, term in losses.items()} | statistics
+        loss = torch.stack([self.loss_weights[name] * term for name, term in losses.items()]).sum()
+        return {"loss": loss} | {name: term.detach() for name, term in losses.items()} | statistics
 
-    def encode_student(self, views: Tensor) -> StudentViews:
+    def encode_student(self, views: Tensor) -> StudentOutput:
         """Encode views (N, 3, S, S) with the student."""
         encoded = self.encoder_q(views)
-        return StudentViews(self.predictor(self.projector_q(encoded)), self.rotation_head(encoded.mean(dim=(2, 3))))
+        return StudentOutput(self.predictor(self.projector_q(encoded)), self.rotation_head(encoded.mean(dim=(2, 3))))
 
     @torch.no_grad()
     def encode_teacher(self, views: Tensor) -> Tensor:
@@ -150,7 +142,7 @@ class GTSA(Method):
         return self.projector_k(self.encoder_k(views))
 
     def compute_losses(
-        self, batch: Batch, student: list[StudentViews], teacher: Tensor, with_correspondence: bool
+        self, batch: Batch, student: list[StudentOutput], teacher: Tensor, with_correspondence: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Compute the loss terms whose weight is not 0, and the accuracy of the rotation head if it is trained."""
         predictions, statistics = [group.predictions for group in student], {}

@@ -79,7 +79,9 @@ class ConvBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, dim_in, h, w) to (B, dim_out, h, w)."""
         rows = self.conv(features).permute(0, 2, 3, 1)
-        output = F.gelu(F.layer_norm(rows, rows.shape[-1:])).permute(0, 3, 1, 2)
+        # Mixed precision norms in float32; without the conversion, all that follows would stay in it.
+        normalized = F.layer_norm(rows, rows.shape[-1:]).to(rows.dtype)
+        output = F.gelu(normalized).permute(0, 3, 1, 2)
         return features + output if self.residual else output
 
 

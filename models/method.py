@@ -1,6 +1,7 @@
 """The contract of a pre-training method."""
 
 import argparse
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,6 +13,17 @@ from utils.batch import Batch
 from utils.meter import Monitor
 from utils.view_recipes import ViewRecipe, two_view_recipes
 
+VIT_OPTIMIZATION: Mapping[str, Any] = {
+    "optimizer": "adamw",
+    "base_lr": 5e-4,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "warmup_epoch": 10,
+    "warmup_multiplier": math.inf,
+    "clip_grad": 3.0,
+}
+"""The optimization of ViTs in GTSA (arXiv 2304.08014), which is that of DINO (arXiv 2104.14294)."""
+
 
 class Method(nn.Module, ABC):
     """A student, an EMA teacher, and the loss between them.
@@ -22,8 +34,6 @@ class Method(nn.Module, ABC):
 
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Published values of shared arguments (optimizer, learning rate, epochs, ...), which become their defaults."""
-    resnet_recipe: ClassVar[Mapping[str, Any]] = {}
-    """Values that replace those of `recipe` where `--arch` is a ResNet."""
     vit_recipe: ClassVar[Mapping[str, Any]] = {}
     """Values that replace those of `recipe` where `--arch` is a ViT."""
     view_size_flags: ClassVar[tuple[str, ...]] = ("--image-size",)

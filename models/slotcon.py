@@ -1,7 +1,6 @@
 """SlotCon (arXiv 2205.15288): semantic grouping and slot contrast."""
 
 import argparse
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +13,7 @@ from models.ema import copy_and_freeze, ema_update
 from models.grouping import Grouping, ViewSlots, occupied
 from models.heads import Projector, SlotPredictor
 from models.losses import distillation, slot_contrast
-from models.method import Method
+from models.method import VIT_OPTIMIZATION, Method
 from models.slot_statistics import SlotMonitor, slot_statistics
 from utils.batch import Batch
 from utils.config import at_least, between
@@ -52,17 +51,8 @@ class SlotCon(Method):
         "weight_decay": 1e-5,
         "momentum": 0.9,
     }
-    # Ours: the papers train ResNets only. The optimization of ViTs is that of GTSA and DINO (arXiv 2104.14294).
-    vit_recipe: ClassVar[Mapping[str, Any]] = {
-        "optimizer": "adamw",
-        "base_lr": 5e-4,
-        "weight_decay": 0.04,
-        "weight_decay_end": 0.4,
-        "warmup_epoch": 10,
-        "warmup_multiplier": math.inf,
-        "clip_grad": 3.0,
-        "drop_path": 0.1,
-    }
+    # Ours: the papers train ResNets only.
+    vit_recipe: ClassVar[Mapping[str, Any]] = {**VIT_OPTIMIZATION, "drop_path": 0.1}
     compiled: ClassVar[tuple[str, ...]] = ("encode_student", "encode_teacher", "compute_losses")
     center: Tensor
 

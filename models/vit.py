@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.backbones import Encoder, vit_patch_size
+from models.backbones import Encoder, vit_patch_size, with_patch_size
 from utils.errors import UsageError
 
 
@@ -17,7 +17,7 @@ class ViTEncoder(VisionTransformer, Encoder):
     """A ViT that returns its patch tokens as a map, for images whose sides are multiples of the patch size.
 
     Position embeddings follow the size of the images by `resize_position_embeddings`. timm's own rule differs a little,
-    except at the size of pre-training.
+    except at the size in the name of the architecture.
     """
 
     def check_image_size(self, size: int, flag: str = "--image-size") -> None:
@@ -75,7 +75,7 @@ def build_vit(arch: str, drop_path: float = 0.0) -> ViTEncoder:
         drop_path: largest stochastic depth rate, which grows linearly from 0 over the blocks.
     """
     patch_size = vit_patch_size(arch)
-    name = arch.replace(f"_patch{patch_size}_", "_patch16_")  # timm has this patch size for all widths and depths
+    name = with_patch_size(arch, 16)  # which timm has for all widths and depths
     vit: Any = timm.create_model(
         name, patch_size=patch_size, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path
     )

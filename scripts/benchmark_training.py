@@ -34,9 +34,10 @@ class TimedRun:
     """A training run whose steps are timed; its batches are one batch from memory, unless `batches` is replaced."""
 
     def __init__(self, args: argparse.Namespace, batch: Batch, memory_format: torch.memory_format):
-        self.args, self.device, self.step = args, choose_device(args), 0
+        self.args, self.device = args, choose_device(args)
         self.training_run = build_run(args, self.device, EPOCH_BATCHES * args.batch_size * args.accum_steps)
         method, plan = self.training_run.method, self.training_run.plan
+        self.step = plan.total_steps // 2  # some losses start after some epochs
         self.model = distributed.wrap_ddp(method.to(memory_format=memory_format), self.device)
         self.guard = FiniteGuard(method, self.device)
         self.meter = Meter(self.device, plan.num_images, method.build_monitor(plan.steps_per_epoch))

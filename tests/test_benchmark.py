@@ -13,9 +13,12 @@ import pytest
 import torch
 
 import main_pretrain
+from models.gtsa import GTSA
 from scripts import benchmark, benchmark_loader, benchmark_training
 from scripts.benchmark_table import quartiles, render
-from tests.helpers import TINY, run_expecting_usage_error
+from scripts.pairwise_gtsa import PairwiseGTSA
+from tests.helpers import TINY, run_expecting_usage_error, tiny_flags
+from utils.batch import Batch
 
 FLAGS = ["--", *TINY, "--image-size", "32", "--batch-size", "4", "--num-workers", "1"]
 SHORT = ["--steps", "1", "--warm-up", "1"]
@@ -77,6 +80,27 @@ def test_baseline_is_eager_and_contiguous_and_the_run_itself_channels_last() -> 
         assert len(maps) == 4
         assert all(features.is_contiguous(memory_format=memory_format) for features in maps)
         assert (method.encoder_q.state_dict()["conv1.weight"] != before).any()
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_gtsa_is_timed_with_all_losses_and_against_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[set[str]] = []
+    forwards = {method: method.forward for method in (GTSA, PairwiseGTSA)}
+    for method, forward in forwards.items():
+
+        def recorded(self: Any, batch: Batch, forward: Any = forward, name: str = method.__name__) -> Any:
+            output = forward(self, batch)
+            losses.append({name, *output})
+            return output
+
+        monkeypatch.setattr(method, "forward", recorded)
+    flags = tiny_flags("--method", "gtsa", "--image-size", "32", "--batch-size", "4")
+    (row,) = run_benchmark(tmp_path, "step", "--reference", *SHORT, "--", *flags)
+    assert row["speed-up"]["median"] > 0
+    for name in ("GTSA", "PairwiseGTSA"):
+        outputs = [names for names in losses if name in names]
+        assert len(outputs) >= 2
+        assert all({"loss/crop", "loss/correspondence", "loss/rotation"} <= names for names in outputs)
 
 
 def compile_with(backend: Any) -> Callable[..., Any]:

@@ -61,7 +61,8 @@ class Batch(ViewRecord):
     """The V views of B images, as the loader yields them and a method takes them.
 
     All tensors of `ViewRecord` have a leading dimension B. The random numbers of a view are drawn in the worker; the
-    random numbers of a method are drawn from `seed` and `step`, which the training loop fills in.
+    random numbers of a method are drawn from `seed` and `step`, which the training loop fills in; only stochastic depth
+    draws from torch's generators, which the loop seeds by seed, step, batch and rank.
     """
 
     unreadable: tuple[str, ...] = ()
