@@ -111,6 +111,7 @@ def build_run(args: argparse.Namespace, device: torch.device, num_images: int) -
         method.encoder_q.check_image_size(getattr(args, flag.removeprefix("--").replace("-", "_")), flag)
     if device.type == "cuda" and distributed.world_size() > 1:
         synchronize_batch_norms(method)
+    notes += [*config.plan_notes(args), *method.notes(args.epochs)]
     if args.compile:
         compiler.compile_methods(method, method.compiled, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

@@ -115,6 +115,13 @@ class GTSA(Method):
     def _student_teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.encoder_q, self.encoder_k), (self.projector_q, self.projector_k)]
 
+    def notes(self, epochs: int) -> list[str]:
+        """Tell if the run ends before the patch correspondence loss starts."""
+        if epochs > self.correspondence_epoch:
+            return []
+        start = self.correspondence_epoch
+        return [f"no patch correspondence loss: it starts after {start} epochs; --correspondence-epoch sets that"]
+
     def update_teacher(self, momentum: float) -> None:
         """Update the EMA teacher; called once per optimizer step, before the forward."""
         for student, teacher in self._student_teacher_pairs():

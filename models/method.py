@@ -67,6 +67,10 @@ class Method(nn.Module, ABC):
     def update_teacher(self, momentum: float) -> None:
         """Update the EMA teacher; called once per optimizer step, before the forward."""
 
+    def notes(self, epochs: int) -> list[str]:
+        """Return messages for the user about a run of so many epochs."""
+        return []
+
     def build_monitor(self, steps_per_epoch: int) -> Monitor | None:
         """Build the monitor that accumulates statistics over steps; None if the method has none."""
         return None

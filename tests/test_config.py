@@ -110,6 +110,19 @@ def test_gtsa_trains_resnets_without_stochastic_depth() -> None:
     assert main_pretrain.parse_args(["--method", "gtsa"]).drop_path == 0.1
 
 
+def test_runs_too_short_for_their_schedule_say_so(
+    tiny: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_pretrain.main(tiny("--method", "gtsa", "--dry-run", "--warmup-epoch", "2", "--correspondence-epoch", "2"))
+    summary = capsys.readouterr().out
+    assert "the warm-up of 2 epochs takes the whole run" in summary
+    assert "no patch correspondence loss: it starts after 2 epochs" in summary
+    main_pretrain.main(tiny("--method", "gtsa", "--dry-run"))
+    summary = capsys.readouterr().out
+    assert "warm-up of" not in summary
+    assert "no patch correspondence" not in summary
+
+
 def test_patch_size_replaces_that_in_the_name_of_the_architecture() -> None:
     arch = ["--arch", "vit_small_patch16_224"]
     args = main_pretrain.parse_args([*arch, "--patch-size", "8"])

@@ -231,3 +231,10 @@ def make_plan(args: argparse.Namespace, num_images: int, world_size: int) -> Tra
         weight_decay_end=args.weight_decay if args.weight_decay_end is None else args.weight_decay_end,
         teacher_momentum=args.teacher_momentum,
     )
+
+
+def plan_notes(args: argparse.Namespace) -> list[str]:
+    """Return messages for the user about the schedule."""
+    if args.warmup_epoch < args.epochs:
+        return []
+    return [f"the warm-up of {args.warmup_epoch} epochs takes the whole run; --warmup-epoch shortens it"]
