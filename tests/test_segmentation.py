@@ -1,4 +1,4 @@
-"""Fine-tuning with mmsegmentation: the published configs train, resume and evaluate from a converted encoder."""
+"""Fine-tuning with mmsegmentation: the configs train, resume and evaluate from a converted encoder."""
 
 import json
 import os
@@ -252,8 +252,8 @@ def test_config_has_the_released_schedule(config_and_recipe: tuple[Any, dict[str
     assert cfg.train_dataloader.sampler == {"type": "InfiniteSampler", "shuffle": True}
 
 
-def test_vit_config_has_the_published_recipe() -> None:
-    """The other fields are those of mmsegmentation's configs for ViTs, and the data those of the FCN on ADE20K."""
+def test_vit_config_has_the_published_settings_and_otherwise_mmsegmentations() -> None:
+    """Network, learning rate and length are published; the data is that of the FCN on ADE20K."""
     cfg = load_config(VIT_CONFIG)
     backbone = {"type": "DINOVisionTransformer", "img_size": 224, "patch_size": 16, "embed_dims": 384, "num_heads": 6}
     backbone |= {"num_layers": 12, "out_indices": (2, 5, 8, 11), "drop_path_rate": 0.1, "patch_bias": True}
@@ -808,6 +808,13 @@ def test_config_and_vit_that_do_not_go_together_are_one_line(
     assert "CONFIG: the model cannot be built" in error(pretrained_vit, "model.backbone.num_heads=7")
     message = "crop size 64 x 72: not a multiple of the patch size 16; use one"
     assert message in error(pretrained_vit, "model.data_preprocessor.size=(64,72)")
+    message = "crop size 64 x 16: smaller than two patches of 16 pixels; use 32"
+    assert message in error(pretrained_vit, "model.data_preprocessor.size=(64,16)")
+    message = "model.data_preprocessor.test_cfg.size_divisor=32: not a multiple of two patches of 12 pixels; use 48"
+    patches = ["model.backbone.patch_size=12", "model.data_preprocessor.size=(72,72)"]
+    assert message in error(pretrained_vit, *patches)
+    message = "and the config's backbone is vit_tiny_patch12_224 ("
+    assert message in error(pretrained_vit, *patches, "model.data_preprocessor.test_cfg.size_divisor=48")
     convert.main([str(pretrained_vit), str(tmp_path / "d2.pkl")], "detectron2")
     capsys.readouterr()
     assert "a ViT of detectron2, without class token and final norm" in error(tmp_path / "d2.pkl")

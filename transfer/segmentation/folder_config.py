@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--crop-size",
         type=at_least(32),
         metavar="PIXELS",
-        help="side of a crop, and short side of the resized images; for a ViT a multiple of its patch size "
-        "(default: 512)",
+        help="side of a crop, and short side of the resized images; for a ViT a multiple of its patch size, "
+        "and at least two patches (default: 512)",
     )
 
 

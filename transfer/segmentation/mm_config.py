@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import os
 import sys
 import warnings
@@ -122,7 +123,7 @@ def _read_config(args: argparse.Namespace) -> Any:
             if args.max_val_images:
                 dataset.indices = args.max_val_images
         cfg.merge_from_dict(args.cfg_options or {})
-        _check_crop_size(cfg)
+        _check_image_sizes(cfg)
     except UsageError:
         raise
     except Exception as error:  # a config is Python code and can raise anything
@@ -130,16 +131,31 @@ def _read_config(args: argparse.Namespace) -> Any:
     return cfg
 
 
-def _check_crop_size(cfg: Any) -> None:
-    """Check that the patches of a ViT divide the crops, to which training images are padded.
+def _check_image_sizes(cfg: Any) -> None:
+    """Check that the padded images of a config with a ViT consist of whole patches, and of two or more per side.
+
+    mmsegmentation would predict for incomplete patches as well, and then stretch the result over the image. The
+    pyramid pools two patches per side into one.
 
     Raises:
-        UsageError: they do not.
+        UsageError: the crops, or the images to evaluate, do not.
     """
-    patch_size, crop_size = cfg.model.backbone.get("patch_size", 1), cfg.model.data_preprocessor.get("size") or ()
+    patch_size = cfg.model.backbone.get("patch_size")
+    if patch_size is None:
+        return
+    preprocessor = cfg.model.data_preprocessor
+    crop_size, padding = preprocessor.get("size") or (), preprocessor.get("test_cfg") or {}
+    text = " x ".join(map(str, crop_size))
     if any(side % patch_size for side in crop_size):
-        size = " x ".join(map(str, crop_size))
-        raise UsageError(f"crop size {size}: not a multiple of the patch size {patch_size}; use one")
+        raise UsageError(f"crop size {text}: not a multiple of the patch size {patch_size}; use one")
+    if any(side < 2 * patch_size for side in crop_size):
+        raise UsageError(f"crop size {text}: smaller than two patches of {patch_size} pixels; use {2 * patch_size}")
+    divisor = padding.get("size_divisor") or 1
+    if divisor % (2 * patch_size):
+        raise UsageError(
+            f"model.data_preprocessor.test_cfg.size_divisor={divisor}: not a multiple of two patches of {patch_size} "
+            f"pixels; use {2 * patch_size * math.ceil(divisor / (2 * patch_size))}"
+        )
 
 
 def launch_distributed(args: argparse.Namespace) -> None:

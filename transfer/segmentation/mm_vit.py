@@ -10,10 +10,10 @@ from models.vit import resize_position_embeddings
 
 @MODELS.register_module()
 class DINOVisionTransformer(VisionTransformer):
-    """mmsegmentation's `VisionTransformer` with the position embeddings of `models.vit` at every size of images.
+    """mmsegmentation's `VisionTransformer`, whose position embeddings are resized by DINO's rule, hence the name.
 
-    mmsegmentation's own rule differs, and compares only the total numbers of patches, which are equal for example for
-    images of 224 x 224 and 112 x 448 pixels.
+    Pre-training resizes them in the same way (`models.vit`). mmsegmentation's own rule differs, and compares only the
+    total numbers of patches, which are equal for example for images of 224 x 224 and 112 x 448 pixels.
     """
 
     def _pos_embeding(self, patched_img: Tensor, hw_shape: tuple[int, int], pos_embed: Tensor) -> Tensor:

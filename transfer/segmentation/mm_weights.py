@@ -34,7 +34,7 @@ def read_pretrained(path: Path, cfg: Any) -> tuple[Weights, dict[str, Any]]:
     expected = _shapes({**cfg.model.backbone, "init_cfg": None})
     # Both by the names of torchvision or timm, so that a file with the right tensors is recognized by any names.
     encoder, network = (checkpoint.find_encoder(tensors)[1] or tensors for tensors in (weights, expected))
-    checkpoint.check_vit_complete(encoder, where)
+    checkpoint.refuse_detectron2_vit(encoder, where)
     if mismatch := checkpoint.first_mismatch(encoder, network):
         raise UsageError(f"{where}: {_describe_mismatch(encoder, network, cfg.model.backbone, mismatch)}")
     convert = f"convert it with {_CONVERT} {path} OUT.pth"

@@ -1,7 +1,8 @@
 """Semantic FPN (arXiv 1901.02446) on a ViT-S/16: maps of four blocks, rescaled to the strides 4, 8, 16 and 32.
 
-Each config sets the number of classes, and imports `transfer.segmentation.mm_vit`. Other ViTs need other values of
-`embed_dims`, `num_layers`, `num_heads`, `out_indices` and `patch_size`, and the width in the neck.
+Each config sets the number of classes and the schedule, and imports `transfer.segmentation.mm_vit`. Other ViTs need
+other values of `embed_dims`, `num_layers`, `num_heads`, `out_indices` and `patch_size`, the width in the neck, and a
+`size_divisor` of two patches.
 """
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
@@ -15,8 +16,8 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
         size=(512, 512),
-        # An image of any size is padded at the right and at the bottom, so that all four strides divide its sides; the
-        # predictions for the padding are cut off.
+        # An image of any size is padded at the right and at the bottom to multiples of two patches, because the pyramid
+        # pools two patches per side into one; the predictions for the padding are cut off.
         test_cfg=dict(size_divisor=32),
     ),
     backbone=dict(
@@ -43,7 +44,7 @@ model = dict(
         feature_strides=[4, 8, 16, 32],
         channels=128,
         dropout_ratio=0.1,
-        num_classes=19,
+        num_classes=None,
         norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
@@ -53,11 +54,15 @@ model = dict(
 )
 
 # No weight decay on norms, biases, position embeddings and class token. mmsegmentation names the norms of its ViT
-# `ln1` and `ln2`, and the bias of query, key and value `in_proj_bias`.
+# `ln1` and `ln2`, and the bias of query, key and value `in_proj_bias`. mmsegmentation's configs for ViTs do decay
+# biases.
 no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    clip_grad=None,
     paramwise_cfg=dict(
         norm_decay_mult=0.0,  # of neck and head
         custom_keys={".ln": no_decay, "bias": no_decay, "pos_embed": no_decay, "cls_token": no_decay},
-    )
+    ),
 )

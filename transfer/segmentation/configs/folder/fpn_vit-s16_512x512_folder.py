@@ -8,9 +8,7 @@ custom_imports = dict(imports=["transfer.segmentation.folder_dataset", "transfer
 model = dict(decode_head=dict(num_classes=None))
 
 ade20k_schedule = dict(lr=6e-5, max_iters=40000)  # which train.py scales to the batch and the number of images
-optim_wrapper = dict(
-    type="OptimWrapper", optimizer=dict(type="AdamW", lr=None, betas=(0.9, 0.999), weight_decay=0.01), clip_grad=None
-)
+optim_wrapper = dict(optimizer=dict(lr=None))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, begin=0, end=None, by_epoch=False),
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=None, end=None, by_epoch=False),
