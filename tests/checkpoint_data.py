@@ -14,6 +14,16 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]
 
+RELEASED_GTSA = {
+    "base_encoder": "encoder_q",
+    "momentum_encoder": "encoder_k",
+    "base_projector": "projector_q",
+    "momentum_projector": "projector_k",
+    "base_predictor": "predictor",
+    "rot_predictor": "rotation_head",
+}
+"""The parts of a released checkpoint of GTSA, and their names here."""
+
 
 class CodeInPickle:
     """Creates a file when it is unpickled."""

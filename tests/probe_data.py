@@ -1,5 +1,6 @@
-"""Labeled scenes and small checkpoints for the tests of probes and encoders."""
+"""Labeled images and small checkpoints for the tests of probes, encoders and fine-tunings."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from PIL import Image
 import main_pretrain
 from data.demo import render_scene
 from models import build_method
-from tests.helpers import TINY
+from tests.checkpoint_data import RELEASED_GTSA
+from tests.helpers import TINY, make_image
 
 VOID = 255
 
@@ -33,6 +35,21 @@ def make_folder(root: Path, train: int = 4, val: int = 3) -> Path:
     return root
 
 
+def make_inat19(root: Path) -> None:
+    """Write three images of the categories 7 and 30, in the layout of iNaturalist 2019."""
+    names = {11: "train_val2019/Birds/30/a.jpg", 5: "train_val2019/Plants/7/b.jpg", 8: "train_val2019/Plants/7/c.jpg"}
+    for number, name in names.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        make_image(40, 30, number).save(root / name)
+    categories = {11: 30, 5: 7, 8: 7}
+    content = {
+        "images": [{"id": number, "file_name": name} for number, name in names.items()],
+        "annotations": [{"id": n, "image_id": n, "category_id": categories[n]} for n in (5, 8, 11)],
+    }
+    for split in ("train", "val"):
+        (root / f"{split}2019.json").write_text(json.dumps(content))
+
+
 def make_method(*flags: str) -> Any:
     """Build a small SlotCon whose teacher differs from its student."""
     args = main_pretrain.parse_args(["--dataset", "folder", "--data-dir", ".", *TINY, *flags])
@@ -52,24 +69,16 @@ def make_vit_method(method: str) -> Any:
     return build_method(args).eval()
 
 
-RELEASED_GTSA = {
-    "encoder_q.": "base_encoder.",
-    "encoder_k.": "momentum_encoder.",
-    "projector_q.": "base_projector.",
-    "projector_k.": "momentum_projector.",
-    "predictor.": "base_predictor.",
-    "rotation_head.": "rot_predictor.",
-}
-"""Prefix of this project's names -> prefix in the checkpoints that the authors of GTSA released."""
-
-
 def save_vit_checkpoint(path: Path, method: str, released: bool = False) -> Path:
     """Save a method with a ViT, as a pre-training run or the authors of GTSA do."""
     weights = make_vit_method(method).state_dict()
     if released:
-        for ours, theirs in RELEASED_GTSA.items():
-            weights = {name.replace(ours, theirs) if name.startswith(ours) else name: weights[name] for name in weights}
-        torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
+        released_names = {ours: theirs for theirs, ours in RELEASED_GTSA.items()}
+        renamed = {}
+        for name, value in weights.items():
+            part, _, rest = name.partition(".")
+            renamed[f"module.{released_names[part]}.{rest}"] = value
+        torch.save({"state_dict": renamed}, path)
     else:
         torch.save({"model": weights, "args": {"method": method}, "epoch": 3}, path)
     return path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_method
-from tests.checkpoint_data import add_prefix, assert_equal, resnet18_weights, without_classifier
+from tests.checkpoint_data import RELEASED_GTSA, add_prefix, assert_equal, resnet18_weights, without_classifier
 from tests.helpers import build_small_vit
 from transfer.encoders import EncoderWeights
 from transfer.formats import write_converted
@@ -25,15 +25,6 @@ STUDENT = {"conv1.weight": torch.ones(2), "bn1.running_mean": torch.ones(2), "bn
 TEACHER = {name: value + 1 for name, value in STUDENT.items()}
 VIT = {"patch_embed.proj.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)}
 MMSEG_VIT = {"patch_embed.projection.weight": torch.ones(2), "layers.0.ln1.weight": torch.ones(2)}
-RELEASED_GTSA = {
-    "base_encoder": "encoder_q",
-    "momentum_encoder": "encoder_k",
-    "base_projector": "projector_q",
-    "momentum_projector": "projector_k",
-    "base_predictor": "predictor",
-    "rot_predictor": "rotation_head",
-}
-"""The parts of a released checkpoint of GTSA, and their names here."""
 SLOTCON = add_prefix("encoder_q.", STUDENT) | add_prefix("encoder_k.", TEACHER) | {"bn9.running_mean": torch.ones(2)}
 GTSA = add_prefix("base_encoder.", STUDENT) | add_prefix("momentum_encoder.", TEACHER | CLASSIFIER)
 STEM = {
@@ -157,10 +148,14 @@ def test_run_starts_from_files_of_all_kinds(kind: str, tiny_args: argparse.Names
         write_converted(path, EncoderWeights(teacher, "resnet18", {}), "detectron2")
     else:
         save_file(path, states[kind])
-    copied = checkpoint.initialize_from(method, path)
-    assert set(copied) == {"encoder_q", "encoder_k"}
+    assert copied_parts(method, path) == {"encoder_q", "encoder_k"}
     assert_equal(method.encoder_q.state_dict(), student if kind == "gtsa" else teacher)
     assert_equal(method.encoder_k.state_dict(), teacher)
+
+
+def copied_parts(method: nn.Module, path: Path) -> set[str]:
+    """Return the names of the parts that a method copies from a file."""
+    return {name for name, reason in checkpoint.initialize_from(method, path).items() if not reason}
 
 
 def test_run_starts_from_all_parts_and_keeps_prototypes_of_another_number(
@@ -172,10 +167,11 @@ def test_run_starts_from_all_parts_and_keeps_prototypes_of_another_number(
     path = save_file(tmp_path / "in.pth", {"model": add_prefix("module.", source.state_dict())})
     same, other = build_method(tiny_args), build_method(main_pretrain.parse_args(tiny("--num-prototypes", "9")))
     everything = {name for name, _ in source.named_children()} | {"center"}
-    assert set(checkpoint.initialize_from(same, path)) == everything
+    assert copied_parts(same, path) == everything
     assert_equal(same.state_dict(), source.state_dict())
-    copied = checkpoint.initialize_from(other, path)
-    assert set(copied) == everything - {"grouping_q", "grouping_k", "center"}
+    assert copied_parts(other, path) == everything - {"grouping_q", "grouping_k", "center"}
+    reason = checkpoint.initialize_from(other, path)["grouping_q"]
+    assert reason == "slot_embed.weight is (8, 16) and should be (9, 16)"
 
 
 @pytest.fixture
@@ -212,25 +208,40 @@ def test_run_starts_from_all_parts_of_a_released_gtsa_checkpoint(
     for value in source.encoder_k.state_dict().values():
         value += 1  # so that student and teacher differ
     path = save_file(tmp_path / "in.pth", released_gtsa(source, prefix))
-    assert set(checkpoint.initialize_from(method, path)) == set(RELEASED_GTSA.values())
+    assert copied_parts(method, path) == set(RELEASED_GTSA.values())
     assert_equal(method.state_dict(), source.state_dict())
 
 
-def test_run_starts_from_its_own_gtsa_checkpoint_and_keeps_heads_that_do_not_fit(
+def test_heads_of_a_released_gtsa_checkpoint_that_do_not_fit_keep_their_initial_values(
     build_with_vit: Callable[..., Any], tmp_path: Path
 ) -> None:
     source, method = build_with_vit("gtsa"), build_with_vit("gtsa", "--dim-out", "24")
-    path = save_file(tmp_path / "in.pth", {"model": source.state_dict()})
+    path = save_file(tmp_path / "in.pth", released_gtsa(source))
     initial = {name: value.clone() for name, value in method.projector_q.state_dict().items()}
-    assert set(checkpoint.initialize_from(method, path)) == {"encoder_q", "encoder_k", "rotation_head"}
+    assert copied_parts(method, path) == {"encoder_q", "encoder_k", "rotation_head"}
     assert_equal(method.encoder_k.state_dict(), source.encoder_k.state_dict())
     assert_equal(method.projector_q.state_dict(), initial)
+
+
+def test_run_starts_from_its_own_gtsa_checkpoint_only_if_all_parts_fit_by_name(
+    build_with_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = build_with_vit("gtsa")
+    path = save_file(tmp_path / "in.pth", {"model": source.state_dict()})
+    same, other = build_with_vit("gtsa"), build_with_vit("gtsa", "--dim-out", "24")
+    assert copied_parts(same, path) == set(RELEASED_GTSA.values())
+    with pytest.raises(UsageError, match=r"--init .*in\.pth: projector_q: 2\.bias is \(16,\) and should be \(24,\)"):
+        checkpoint.initialize_from(other, path)
+    renamed = {name.replace("predictor.", "predictor.layers."): value for name, value in source.state_dict().items()}
+    save_file(path, {"model": renamed})
+    with pytest.raises(UsageError, match=r"--init .*in\.pth: predictor: .* is missing"):
+        checkpoint.initialize_from(same, path)
 
 
 def test_slotcon_starts_from_the_encoders_of_gtsa(build_with_vit: Callable[..., Any], tmp_path: Path) -> None:
     source, method = build_with_vit("gtsa"), build_with_vit("slotcon")
     path = save_file(tmp_path / "in.pth", released_gtsa(source))
-    assert set(checkpoint.initialize_from(method, path)) == {"encoder_q", "encoder_k"}
+    assert copied_parts(method, path) == {"encoder_q", "encoder_k"}
     assert_equal(method.encoder_q.state_dict(), source.encoder_q.state_dict())
 
 

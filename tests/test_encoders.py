@@ -165,6 +165,13 @@ def test_incomplete_vit_is_refused(tmp_path: Path) -> None:
             read_encoder(tmp_path / "in.pth")
 
 
+def test_vit_with_a_tensor_of_no_dimensions_is_refused(tmp_path: Path) -> None:
+    for name in ("patch_embed.proj.weight", "pos_embed"):
+        torch.save(vit_weights(1) | {name: torch.tensor(1.0)}, tmp_path / "in.pth")
+        with pytest.raises(UsageError, match=rf"not a complete vit_tiny_patch16_224.*{name} is \(\) and should be"):
+            read_encoder(tmp_path / "in.pth")
+
+
 def test_unknown_architecture_is_refused_with_the_closest_one() -> None:
     with torch.device("meta"):
         shallow = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]).state_dict()

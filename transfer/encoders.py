@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.backbones import RESNETS, VITS, build_encoder
+from models.backbones import RESNETS, VITS, build_encoder, with_patch_size
 from utils import checkpoint
 from utils.batch import MEAN, STD
 from utils.checkpoint import Weights
@@ -32,7 +31,7 @@ class EncoderWeights:
     weights: Weights
     """float32 on the CPU, by torchvision's names (ResNets) or timm's (ViTs), without a classifier."""
     arch: str
-    """One of `models.backbones.ARCHITECTURES`."""
+    """One of `models.backbones.ARCHITECTURES`, or a ViT with another patch size in its name."""
     provenance: dict[str, Any]
     """`source` (file name), `source_sha256`, `encoder` (`teacher`, `student`, `only` or `untrained`), `arch`, `method`
     and `epoch` if known, and the expected input: `color_order`, and `mean` and `std` of pixel values in [0, 1]."""
@@ -138,19 +137,27 @@ def infer_arch(weights: Weights, where: str) -> str:
     Raises:
         UsageError: there is none; the message names the closest architecture and the first difference.
     """
-    checkpoint.check_vit_complete(weights, where)
+    checkpoint.refuse_detectron2_vit(weights, where)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    is_vit = any(name.startswith(("patch_embed.", "blocks.")) for name in weights)
-    patch = shapes.get("patch_embed.proj.weight", (16,))[-1]
-    vits = dict.fromkeys(re.sub(r"_patch\d+_", f"_patch{patch}_", arch) for arch in VITS if 0 < patch <= 224)
-    candidates = tuple(vits or VITS) if is_vit else RESNETS
     try:
-        arch = max(candidates, key=lambda arch: len(_encoder_shapes(arch).items() & shapes.items()))
+        arch = max(
+            _candidate_architectures(shapes), key=lambda arch: len(_encoder_shapes(arch).items() & shapes.items())
+        )
     except UsageError:
         raise UsageError(f"{where}: a ViT, which needs timm; pip install timm") from None
     if mismatch := checkpoint.first_mismatch(weights, _encoder_shapes(arch)):
         raise UsageError(f"{where}: not a complete {arch}, the closest known architecture ({mismatch})")
     return arch
+
+
+def _candidate_architectures(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Return the ResNets, or the ViTs, with the patch size of these shapes if they have a valid one."""
+    if not any(name.startswith(("patch_embed.", "blocks.")) for name in shapes):
+        return RESNETS
+    patch_size = (shapes.get("patch_embed.proj.weight") or (0,))[-1]
+    if not 0 < patch_size <= 224:
+        return VITS
+    return tuple(dict.fromkeys(with_patch_size(arch, patch_size) for arch in VITS))
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.backbones import build_encoder, is_vit, vit_patch_size
+from models.backbones import build_encoder, is_vit, vit_patch_size, with_patch_size
 
 FeatureFunction = Callable[[Tensor], Tensor]
 """Normalized images (B, 3, H, W) -> the last feature map of a ResNet, or the tokens (B, N, width) of a ViT."""
@@ -62,9 +62,8 @@ def _timm_network(path: Path, arch: str) -> FeatureFunction:
     options: dict[str, Any] = {}
     if is_vit(arch):
         # timm has names for some patch sizes only, and takes any as an argument.
-        patch_size = vit_patch_size(arch)
-        arch = arch.replace(f"_patch{patch_size}_", "_patch16_")
-        options = {"patch_size": patch_size, "dynamic_img_size": True}
+        options = {"patch_size": vit_patch_size(arch), "dynamic_img_size": True}
+        arch = with_patch_size(arch, 16)
     network: Any = timm.create_model(arch, num_classes=0, checkpoint_path=str(path), **options)
     return network.eval().forward_features
 

@@ -17,7 +17,7 @@ from utils import safe_pickle
 from utils.errors import UsageError
 from utils.files import atomic_write
 from utils.integrity import ADVICE, DamagedFileError, check_checksum
-from utils.released_names import rename_released
+from utils.released_names import has_released_parts, rename_released
 from utils.resnet_names import torchvision_name
 from utils.vit_names import DETECTRON2_PREFIX, timm_vit_name
 
@@ -115,11 +115,16 @@ def extract_weights(state: Mapping[str, Any], where: str) -> Weights:
     Raises:
         UsageError: there are no tensors.
     """
+    return {rename_released(name): value for name, value in _extract_tensors(state, where).items()}
+
+
+def _extract_tensors(state: Mapping[str, Any], where: str) -> Weights:
+    """Return the tensors of a loaded checkpoint by the names in it, as `extract_weights` otherwise."""
     for container in ("model", "state_dict"):
         if isinstance(state.get(container), Mapping):
             state = state[container]
     weights = {
-        rename_released(name.removeprefix("module.")): value
+        name.removeprefix("module."): value
         for name, value in state.items()
         if isinstance(value, Tensor) and isinstance(name, str) and name.isprintable()
     }
@@ -187,8 +192,8 @@ def _add_batch_counters(weights: Weights) -> Weights:
     return {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in weights} | weights
 
 
-def check_vit_complete(weights: Weights, where: str) -> None:
-    """Check that an encoder is not a ViT of detectron2, which has neither class token nor final norm.
+def refuse_detectron2_vit(weights: Weights, where: str) -> None:
+    """Refuse an encoder that is a ViT of detectron2, which has neither class token nor final norm.
 
     Args:
         where: the file, as messages name it.
@@ -233,44 +238,50 @@ def first_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor 
 
 def _describe_shapes(name: str, shape: tuple[int, ...], required: tuple[int, ...]) -> str:
     """Return the difference of two shapes as text; that of a ViT's position embeddings as grids of patches."""
-    if name == "pos_embed" and (shape[0], shape[2:]) == (required[0], required[2:]):
+    if name == "pos_embed" and len(shape) == 3 and (shape[0], shape[2]) == (required[0], required[2]):
         side, required_side = (math.isqrt(max(number - 1, 0)) for number in (shape[1], required[1]))
         return f"{name} is for {side} x {side} patches and should be for {required_side} x {required_side}"
     return f"{name} is {shape} and should be {required}"
 
 
-def initialize_from(method: nn.Module, path: Path | str) -> list[str]:
-    """Copy weights from `path` into `method`: the encoders, and every other part that the file has and that fits.
+def initialize_from(method: nn.Module, path: Path | str) -> dict[str, str]:
+    """Copy weights from `path` into `method`: the encoders, and every other part that the file has.
 
     A single encoder (backbone-only, torchvision's) goes to student and teacher. Prototypes and center keep their
-    initial values where the file has another number K, and so do heads of other sizes or of another method.
+    initial values where the file has another number K, and so do parts that do not fit in a released file of GTSA,
+    whose heads are taken by their order, because their names may differ.
 
     Returns:
-        The names of the parts that were copied.
+        The name of each part -> why it keeps its initial values, empty if it was copied.
 
     Raises:
-        UsageError: the file has no encoder, its encoder does not fit, or values are not finite.
+        UsageError: the file has no encoder, or a part of it does not fit or has values that are not finite.
     """
-    weights = load_weights(path)
-    taken = []
+    tensors = _extract_tensors(load(path, "--init"), f"--init {path}")
+    weights = {rename_released(name): value for name, value in tensors.items()}
+    released = has_released_parts(tensors)
+    reasons = {}
     for name, module in method.named_children():
-        where, part = f"--init {path}: {name}", _find_part(weights, name)
+        if not (expected := module.state_dict()):
+            continue
+        part = _find_part(weights, name)
         if name.startswith("encoder_"):
-            check_vit_complete(part, f"--init {path}")
-        else:
-            part = _match_tensors(part, module)
-        if part:
-            load_strict(module, part, where)
-            check_finite(part, where)
-            taken.append(name)
-    if "encoder_q" not in taken:
+            refuse_detectron2_vit(part, f"--init {path}")
+        elif released:
+            part = _rename_by_order(part, expected)
+        can_skip = released and not name.startswith("encoder_")
+        reasons[name] = _reason_to_skip(part, expected, can_skip)
+        if not reasons[name]:
+            load_strict(module, part, f"--init {path}: {name}")
+            check_finite(part, f"--init {path}: {name}")
+    if reasons["encoder_q"]:
         raise UsageError(f"--init {path}: no encoder in it (looked for encoder_q., encoder_k., bare ResNets and ViTs)")
     buffers = dict(method.named_buffers(recurse=False))
     for name in buffers.keys() & weights.keys():
-        if buffers[name].shape == weights[name].shape and "grouping_k" in taken:
+        if buffers[name].shape == weights[name].shape and reasons.get("grouping_k") == "":
             buffers[name].copy_(weights[name])
-            taken.append(name)
-    return taken
+            reasons[name] = ""
+    return reasons
 
 
 def _find_part(weights: Weights, name: str) -> Weights:
@@ -285,18 +296,30 @@ def _find_part(weights: Weights, name: str) -> Weights:
     return {}
 
 
-def _match_tensors(part: Weights, module: nn.Module) -> Weights:
-    """Return the weights of a head by the names in `module`; {} if they do not fit.
+def _rename_by_order(part: Weights, expected: Weights) -> Weights:
+    """Return the weights of a head by the names in `expected` if they have the same shapes in the same order.
 
-    They fit if names and shapes agree. Heads are sequential, so that their tensors also fit under other names, as in
-    the released checkpoints of GTSA, if they have exactly the shapes of the module's in the same order.
+    This identifies the tensors, because heads are sequential.
     """
-    expected = module.state_dict()
-    if not first_mismatch(part, expected):
-        return part
-    if [value.shape for value in part.values()] == [value.shape for value in expected.values()]:
-        return dict(zip(expected, part.values(), strict=True))
-    return {}
+    fits = [value.shape for value in part.values()] == [value.shape for value in expected.values()]
+    return dict(zip(expected, part.values(), strict=True)) if fits and part.keys() != expected.keys() else part
+
+
+def _reason_to_skip(part: Weights, expected: Weights, can_skip: bool) -> str:
+    """Return why a part keeps its initial values; empty if it is copied.
+
+    Args:
+        can_skip: whether a part of other names or shapes keeps its initial values; otherwise only prototypes of
+            another number do.
+    """
+    if not part:
+        return "not in the file"
+    if can_skip:
+        return first_mismatch(part, expected)
+    name = "slot_embed.weight"
+    if name in part and name in expected and part[name].shape[1:] == expected[name].shape[1:]:
+        return first_mismatch({name: part[name]}, {name: expected[name]})
+    return ""
 
 
 def load_strict(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:

@@ -1,5 +1,7 @@
 """The names of a method's parts in released checkpoints that name them differently from this project."""
 
+from collections.abc import Iterable
+
 _PARTS = {
     "base_encoder": "encoder_q",
     "momentum_encoder": "encoder_k",
@@ -18,3 +20,8 @@ def rename_released(name: str) -> str:
     """
     part, dot, rest = name.partition(".")
     return f"{_PARTS.get(part, part)}{dot}{rest}" if dot else name
+
+
+def has_released_parts(names: Iterable[str]) -> bool:
+    """Return whether any tensor is of a part that `rename_released` renames."""
+    return any(rename_released(name) != name for name in names)

@@ -100,10 +100,11 @@ def init_or_resume(run: Run) -> tuple[int, list[str]]:
             messages.append(f"--resume {args.resume} is not used")
         return start, [f"resumed after epoch {start // run.plan.steps_per_epoch} from {path}", *messages]
     if args.init:
-        loaded = checkpoint.initialize_from(run.method, args.init)
-        fresh = [name for name, part in run.method.named_children() if part.state_dict() and name not in loaded]
-        suffix = f"; randomly initialized: {', '.join(fresh)}" if fresh else ""
-        return start, [f"initialized from {args.init}: {', '.join(loaded)}{suffix}"]
+        reasons = checkpoint.initialize_from(run.method, args.init)
+        copied = [name for name, reason in reasons.items() if not reason]
+        random = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+        suffix = f"; randomly initialized: {', '.join(random)}" if random else ""
+        return start, [f"initialized from {args.init}: {', '.join(copied)}{suffix}"]
     if (Path(args.output_dir) / "metrics.jsonl").exists():
         return start, [f"no checkpoint in {args.output_dir} yet: starting from scratch"]
     return start, []

@@ -1,30 +1,22 @@
 """The names of a ViT's tensors in timm, mmsegmentation and detectron2."""
 
-import re
+from collections.abc import Iterable
 
 DETECTRON2_PREFIX = "backbone.net."
 """The prefix of a ViT's tensors in a detector of detectron2, whose names are timm's otherwise."""
 
-_TIMM_TO_MMSEG = (
-    (r"^patch_embed\.proj\.", "patch_embed.projection."),
-    (r"^norm\.", "ln1."),
-    (r"^blocks\.", "layers."),
-    (r"\.norm(\d)\.", r".ln\1."),
-    (r"\.attn\.qkv\.", ".attn.attn.in_proj_"),
-    (r"\.attn\.proj\.", ".attn.attn.out_proj."),
-    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
-    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+_TIMM_AND_MMSEG = (
+    ("patch_embed.proj.", "patch_embed.projection."),
+    ("norm.", "ln1."),
+    ("blocks.", "layers."),
+    (".norm1.", ".ln1."),
+    (".norm2.", ".ln2."),
+    (".attn.qkv.", ".attn.attn.in_proj_"),
+    (".attn.proj.", ".attn.attn.out_proj."),
+    (".mlp.fc1.", ".ffn.layers.0.0."),
+    (".mlp.fc2.", ".ffn.layers.1."),
 )
-_MMSEG_TO_TIMM = (
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^ln1\.", "norm."),
-    (r"^layers\.", "blocks."),
-    (r"\.ln(\d)\.", r".norm\1."),
-    (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-)
+"""Parts of names in timm and in mmsegmentation: those with a dot in front inside of a name, others at its start."""
 
 
 def mmseg_vit_name(name: str) -> str:
@@ -33,15 +25,20 @@ def mmseg_vit_name(name: str) -> str:
     `blocks.0.norm1.bias` -> `layers.0.ln1.bias`, `blocks.0.attn.qkv.weight` -> `layers.0.attn.attn.in_proj_weight`,
     `norm.weight` -> `ln1.weight`.
     """
-    for pattern, replacement in _TIMM_TO_MMSEG:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return _replace_parts(name, _TIMM_AND_MMSEG)
 
 
 def timm_vit_name(name: str) -> str:
     """Map mmsegmentation's name of a ViT's tensor to timm's; the inverse of `mmseg_vit_name`."""
-    for pattern, replacement in _MMSEG_TO_TIMM:
-        name = re.sub(pattern, replacement, name)
+    return _replace_parts(name, ((mmseg, timm) for timm, mmseg in _TIMM_AND_MMSEG))
+
+
+def _replace_parts(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if old.startswith("."):
+            name = name.replace(old, new)
+        elif name.startswith(old):
+            name = f"{new}{name.removeprefix(old)}"
     return name
 
 
