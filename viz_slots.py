@@ -127,7 +127,7 @@ def visualize(args: argparse.Namespace) -> None:
     """Load the model and the images, then write the figure, the page and the export."""
     state = checkpoint.load(args.model_path, "--model-path")
     train_args = checkpoint.checkpoint_args(state)
-    model = load(args, state)
+    model = load_model(args, state)
     names_figure = args.figure is not None
     resolve_outputs(args, model)
     args.amp = "off"
@@ -182,7 +182,7 @@ def resolve_outputs(args: argparse.Namespace, model: LoadedModel) -> None:
             check_writable(flag, path, args.overwrite, folder=flag == "--export")
 
 
-def load(args: argparse.Namespace, state: Mapping[str, Any]) -> LoadedModel:
+def load_model(args: argparse.Namespace, state: Mapping[str, Any]) -> LoadedModel:
     """Return the model in the loaded --model-path, and verify the sizes that the flags name.
 
     Raises:
@@ -190,7 +190,7 @@ def load(args: argparse.Namespace, state: Mapping[str, Any]) -> LoadedModel:
     """
     flag = "--model-path"
     if has_prototypes(checkpoint.extract_weights(state, f"{flag} {args.model_path}")):
-        slots = load_model(args, state)
+        slots = _load_slot_model(args, state)
         arch = infer_arch(slots.encoder.state_dict(), flag)
         return LoadedModel(args.model_path, slots.encoder, arch, slots.which, slots)
     encoder = extract_encoder(state, args.model_path, args.encoder, flag)
@@ -200,7 +200,7 @@ def load(args: argparse.Namespace, state: Mapping[str, Any]) -> LoadedModel:
     return LoadedModel(args.model_path, network, encoder.arch, which, None)
 
 
-def load_model(args: argparse.Namespace, state: Mapping[str, Any]) -> SlotModel:
+def _load_slot_model(args: argparse.Namespace, state: Mapping[str, Any]) -> SlotModel:
     """Return the slot model in the loaded --model-path, and verify the sizes and prototypes that the flags name.
 
     Raises:

@@ -129,7 +129,8 @@ def read_verify(path: Path, run: Run[Method]) -> Any:
 
 def read_viz(path: Path, _: Run[Method]) -> Any:
     args = viz_slots.parse_args(["--model-path", str(path)])
-    return viz_slots.load_model(args, checkpoint.load(path, "--model-path")).state_dict()
+    model = viz_slots.load_model(args, checkpoint.load(path, "--model-path"))
+    return (model.slots or model.encoder).state_dict()
 
 
 def read_evaluate(path: Path, run: Run[Method]) -> Any:
@@ -160,7 +161,7 @@ READERS: dict[str, tuple[Reader, set[str]]] = {
     "--init": (read_init, ENCODERS),
     "convert": (read_convert, ENCODERS),
     "convert --verify": (read_verify, ENCODERS),
-    "viz_slots": (read_viz, {"run.pth", "released.pth"}),
+    "viz_slots": (read_viz, ENCODERS),
     "probes": (lambda path, _: encoders.load_encoder(path).state_dict(), ENCODERS),
     "detection": (lambda path, _: read_weights(WeightsFile("MODEL.WEIGHTS", path, False)).tensors, ENCODERS),
     "segmentation": (read_pretrained, {"torchvision.pth"}),

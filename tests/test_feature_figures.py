@@ -24,7 +24,7 @@ from models.vit import ViTEncoder, build_vit
 from tests.helpers import run_expecting_usage_error
 from transfer.encoders import load_encoder
 from transfer.figures.extractor import CenterCrops, FeatureExtractor
-from transfer.figures.nearest_patches import QueryCollector, draw_position, find_matches, find_nearest
+from transfer.figures.nearest_patches import QueryCollector, find_matches, find_nearest, sample_position
 from transfer.figures.patches import draw_patches
 from transfer.figures.principal_components import PrincipalComponents
 from transfer.figures.tiles import enlarge, mark_patch, weight_colors
@@ -196,7 +196,7 @@ def test_nearest_patches_equal_those_of_a_loop(images: Path) -> None:
         for index, shown in zip(batch.indices.tolist(), matches):
             found |= {(query, rank): (index, position) for query, rank, position in shown}
     for query, position in enumerate(queries.positions.tolist()):
-        assert position == draw_position(query, 4, 3)
+        assert position == sample_position(query, 4, 3)
         assert position in (5, 6, 9, 10)  # not at the border
         assert found[query, 0] == (query, position)
         expected = nearest_by_loops(features.double().numpy(), (query, position), indices, 4)
@@ -204,12 +204,12 @@ def test_nearest_patches_equal_those_of_a_loop(images: Path) -> None:
         assert scores == pytest.approx([score for score, _, _ in expected], abs=1e-6)
         assert [found[query, rank] for rank in range(1, 5)] == [(image, patch) for _, image, patch in expected]
     assert len(found) == 5 * 16
-    assert {draw_position(index, 4, 3) for index in range(30)} == {5, 6, 9, 10}
+    assert {sample_position(index, 4, 3) for index in range(30)} == {5, 6, 9, 10}
 
 
 @pytest.mark.parametrize("map_side", [1, 2, 3])
 def test_query_patch_of_a_small_map_lies_in_it(map_side: int) -> None:
-    assert {draw_position(index, map_side, 0) for index in range(40)} == {1: {0}, 2: {0, 1, 2, 3}, 3: {4}}[map_side]
+    assert {sample_position(index, map_side, 0) for index in range(40)} == {1: {0}, 2: {0, 1, 2, 3}, 3: {4}}[map_side]
 
 
 def test_query_patch_and_nearest_patches_are_drawn_in_order_of_similarity(images: Path) -> None:
@@ -332,7 +332,7 @@ def test_default_image_size_is_the_multiple_of_the_patch_size_near_twice_that_of
 ) -> None:
     path = checkpoints / "gtsa.pth"
     args = viz_slots.parse_args(["--model-path", str(path)])
-    model = viz_slots.load(args, utils.checkpoint.load(path, "--model-path"))
+    model = viz_slots.load_model(args, utils.checkpoint.load(path, "--model-path"))
     assert viz_slots.choose_image_size(args, {"image_size": train_size}, model) == size
 
 

@@ -35,9 +35,10 @@ from tests.reference import grouping
 from transfer.figures.extractor import CenterCrops, SlotBatch, SlotExtractor
 from transfer.figures.layout import IMAGE_SUFFIXES, new_figure, save_figure
 from transfer.figures.maps import compute_slot_maps, draw_maps, place_numbers
+from transfer.figures.nearest_images import NearestImages
 from transfer.figures.neighbors import draw_neighbors
 from transfer.figures.prototype_page import collect_data
-from transfer.figures.prototype_stats import NearestImages, PrototypeStats
+from transfer.figures.prototype_stats import PrototypeStats
 from transfer.figures.regions import connected_regions, highlight_region, pixels_by_depth, region_outline, region_side
 from transfer.figures.slot_export import encode_mask
 from transfer.figures.strips import render_strips

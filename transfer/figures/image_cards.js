@@ -13,6 +13,7 @@ const cardType = {
   searchHint: "file name",
   isUsed: () => true,
   none: "No images.",
+  firstOrder: "dataset order",
   orders: [{
     name: "score", label: "similarity", explanation: "cosine similarity of the nearest patch",
     key: card => card.nearest.length ? card.nearest[0][1] : -2,

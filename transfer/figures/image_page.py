@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from transfer.figures.extractor import FeatureBatch, FeatureExtractor
+from transfer.figures.nearest_images import NearestImages
 from transfer.figures.nearest_patches import QueryCollector, QueryPatches, find_matches, find_nearest
 from transfer.figures.page_template import encode_jpeg, fill_template
 from transfer.figures.principal_components import ComponentColors, PrincipalComponents
-from transfer.figures.prototype_stats import NearestImages
 from transfer.figures.regions import resample
-from transfer.figures.strip_panels import join_tiles
-from transfer.figures.tiles import enlarge, mark_patch, tile_side, weight_colors
+from transfer.figures.tiles import enlarge, mark_patch, tile_side, to_pixels, weight_colors
 
 _VIEW_SIDE, _PATCH_SIDE = 196, 126
 """Sides in pixels of an image with its PCA and attention, and of one with a nearest patch."""
@@ -81,9 +80,9 @@ def render_cards(
         for row, (image, shown) in enumerate(zip(images, matches)):
             for query, rank, position in shown:
                 if rank == 0:
-                    views[query] = encode_jpeg(join_tiles(_render_views(batch, row, colors, position), gap_share=0))
+                    views[query] = encode_jpeg(to_pixels(torch.cat(_render_views(batch, row, colors, position), dim=2)))
                 else:
-                    patches[query][rank] = join_tiles([mark_patch(image, position, map_side)], gap_share=0)
+                    patches[query][rank] = to_pixels(mark_patch(image, position, map_side))
     strips = {query: [views[query]] for query in sorted(views)}
     for query, tiles in patches.items():
         strips[query].append(encode_jpeg(torch.cat([tile for _, tile in sorted(tiles.items())], dim=1)))

@@ -13,6 +13,8 @@ from utils.errors import UsageError
 from utils.files import write_output
 
 TEXT_COLOR, MUTED_COLOR = "#222222", "#6b6b6b"
+MARK_COLOR = (1.0, 0.78, 0.0)
+"""Of the outlines of regions and the boxes around patches, in images."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")
 _MAX_PIXELS = 16_000
 """Largest side of a figure in pixels; few programs open larger images."""

@@ -14,7 +14,8 @@ from transfer.figures.extractor import SlotExtractor
 from transfer.figures.labels import LabelPlacer
 from transfer.figures.layout import MUTED_COLOR, grid_shape, new_figure, shorten
 from transfer.figures.regions import connected_regions, pixels_by_depth, region_side, resample
-from utils.visualization import assign_pixels, render_slot_map, to_uint8
+from transfer.figures.tiles import to_pixels
+from utils.visualization import assign_pixels, render_slot_map
 
 _SIDE, _TEXT_HEIGHT, _GAP = 1.7, 0.22, 0.06
 """Inches: the side of an image, the height of its caption, and the space between images."""
@@ -80,7 +81,7 @@ def _draw_map(panel: Axes, slot_map: SlotMap, prototypes: Collection[int] | None
     side = slot_map.assignment.shape[0]
     gap = torch.ones(3, round(side * _GAP / _SIDE), side)
     colored = render_slot_map(slot_map.image, slot_map.assignment, prototypes)
-    column = to_uint8(torch.cat([slot_map.image, gap, colored], dim=1)).permute(1, 2, 0)
+    column = to_pixels(torch.cat([slot_map.image, gap, colored], dim=1))
     panel.imshow(column.numpy(), interpolation="antialiased")
     # The layout ignores the texts, which would widen the columns; the axes leave room for the caption.
     panel.set_ylim(len(column) + side * _TEXT_HEIGHT / _SIDE, -0.5)

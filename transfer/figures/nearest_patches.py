@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfer.figures.extractor import FeatureBatch, FeatureExtractor
-from transfer.figures.prototype_stats import NearestImages
+from transfer.figures.nearest_images import NearestImages
 
 
 class QueryPatches(NamedTuple):
@@ -29,8 +29,11 @@ def unit_patches(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1).flatten(2).transpose(1, 2)
 
 
-def draw_position(index: int, map_side: int, seed: int) -> int:
-    """Draw the query patch of an image, which depends on nothing but the arguments; not at the border if possible."""
+def sample_position(index: int, map_side: int, seed: int) -> int:
+    """Sample the query patch of an image, in row-major order; the same arguments give the same patch.
+
+    Patches at the border are left out if the map has others.
+    """
     border = min(1, (map_side - 1) // 2)
     row, column = np.random.default_rng([seed, index]).integers(border, map_side - border, 2)
     return int(row) * map_side + int(column)
@@ -46,7 +49,7 @@ class QueryCollector:
     def update(self, batch: FeatureBatch) -> None:
         """Add a query patch of each image of a batch."""
         side = batch.features.shape[3]
-        positions = torch.tensor([draw_position(index, side, self.seed) for index in batch.indices.tolist()])
+        positions = torch.tensor([sample_position(index, side, self.seed) for index in batch.indices.tolist()])
         rows = torch.arange(len(positions), device=batch.features.device)
         features = unit_patches(batch.features)[rows, positions.to(rows.device)]
         self.batches.append(QueryPatches(batch.indices, positions, features))
@@ -54,6 +57,14 @@ class QueryCollector:
     def collect(self) -> QueryPatches:
         """Return the query patches of all images."""
         return QueryPatches(*map(torch.cat, zip(*self.batches)))
+
+
+def collect_queries(extractor: FeatureExtractor, indices: Sequence[int], seed: int) -> QueryPatches:
+    """Return a query patch of each of the images."""
+    collector = QueryCollector(seed)
+    for batch in extractor.extract(indices, "extracting"):
+        collector.update(batch)
+    return collector.collect()
 
 
 def find_nearest(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transfer.figures.extractor import FeatureExtractor
 from transfer.figures.layout import shorten
-from transfer.figures.nearest_patches import QueryCollector, QueryPatches, find_matches, find_nearest
+from transfer.figures.nearest_patches import collect_queries, find_matches, find_nearest
 from transfer.figures.regions import resample
 from transfer.figures.strip_panels import Strip, draw_strips, pixels_per_image
 from transfer.figures.tiles import mark_patch, tile_side
@@ -50,11 +50,3 @@ def draw_patches(
         strips.append(Strip(title, [tile for _, tile in sorted(tiles[query].items())], ["query", *scores]))
     details = f"{details}\ncosine similarity of the most similar patch of each of the nearest images"
     return draw_strips(strips, dpi, "Nearest patches in other images", details)
-
-
-def collect_queries(extractor: FeatureExtractor, indices: Sequence[int], seed: int) -> QueryPatches:
-    """Return a query patch of each of the images."""
-    collector = QueryCollector(seed)
-    for batch in extractor.extract(indices, "extracting"):
-        collector.update(batch)
-    return collector.collect()

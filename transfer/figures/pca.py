@@ -6,18 +6,10 @@ from matplotlib.figure import Figure
 
 from transfer.figures.extractor import FeatureExtractor
 from transfer.figures.layout import shorten
-from transfer.figures.principal_components import ComponentColors, PrincipalComponents
+from transfer.figures.principal_components import ComponentColors, fit_colors
 from transfer.figures.regions import resample
 from transfer.figures.strip_panels import Strip, draw_strips, pixels_per_image
 from transfer.figures.tiles import enlarge, tile_side
-
-
-def fit_colors(extractor: FeatureExtractor, indices: Sequence[int]) -> ComponentColors:
-    """Return the colors by the principal components of all patches of the images together."""
-    components = PrincipalComponents()
-    for batch in extractor.extract(indices, "extracting"):
-        components.update(batch.features)
-    return components.fit()
 
 
 def draw_pca(extractor: FeatureExtractor, indices: Sequence[int], dpi: int, details: str) -> Figure:

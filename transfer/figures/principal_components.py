@@ -1,7 +1,11 @@
 """The first principal components of the patch features of many images, and colors from them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from transfer.figures.extractor import FeatureExtractor
 
 
 class PrincipalComponents:
@@ -65,3 +69,11 @@ class ComponentColors:
         projected = torch.einsum("kc,bchw->bkhw", self.components, centered)
         deviations = self.variances.sqrt().clamp(min=1e-12)
         return (2 * projected / deviations[:, None, None]).sigmoid().float()
+
+
+def fit_colors(extractor: FeatureExtractor, indices: Sequence[int]) -> ComponentColors:
+    """Return the colors by the principal components of all patches of the images together."""
+    components = PrincipalComponents()
+    for batch in extractor.extract(indices, "extracting"):
+        components.update(batch.features)
+    return components.fit()

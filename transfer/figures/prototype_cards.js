@@ -11,6 +11,7 @@ const cardType = {
     area: "How much of the area of all images belongs to the prototype.",
   },
   searchHint: "17, 10-20 or file",
+  firstOrder: "number",
   checkbox: "show unused",
   isUsed: prototype => prototype.images > 0,
   none: "No prototype is used.",

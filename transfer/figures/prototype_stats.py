@@ -6,34 +6,7 @@ from torch import Tensor
 
 from models.grouping import occupied, pool_slots
 from transfer.figures.extractor import SlotBatch
-
-
-class NearestImages:
-    """The k highest-scoring images of each of K prototypes, in memory for K x k entries.
-
-    Ties go to the lower image index, so that the order of the updates does not matter.
-    """
-
-    def __init__(self, num_prototypes: int, k: int, device: torch.device | str = "cpu"):
-        self.scores = torch.full((num_prototypes, k), -torch.inf, device=device)
-        """(K, k) descending; -inf where there are fewer than k images."""
-        self.indices = torch.full((num_prototypes, k), -1, device=device)
-        """(K, k) image indices; -1 where there are fewer than k images."""
-
-    def update(self, indices: Tensor, scores: Tensor) -> None:
-        """Add the images `indices` (B,) with scores (B, K), -inf where an image does not use a prototype."""
-        indices = indices.to(self.indices.device).expand(len(self.indices), -1)
-        indices, by_index = torch.cat([self.indices, indices], dim=1).sort(dim=1, stable=True)
-        candidates = torch.cat([self.scores, scores.T], dim=1).gather(1, by_index)
-        ranked, by_score = candidates.sort(dim=1, descending=True, stable=True)
-        k = self.scores.shape[1]
-        self.scores = ranked[:, :k].clone()
-        self.indices = indices.gather(1, by_score[:, :k]).masked_fill(self.scores.isneginf(), -1)
-
-    def ranking(self, prototype: int) -> list[tuple[int, float]]:
-        """Return at most k pairs of image index and score, best first."""
-        indices, scores = self.indices[prototype].tolist(), self.scores[prototype].tolist()
-        return [(index, score) for index, score in zip(indices, scores) if index >= 0]
+from transfer.figures.nearest_images import NearestImages
 
 
 class PrototypeStats:

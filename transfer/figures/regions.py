@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt, label
 from torch import Tensor
 
-from utils.visualization import to_uint8
-
-_OUTLINE_COLOR = (1.0, 0.78, 0.0)
+from transfer.figures.layout import MARK_COLOR
+from transfer.figures.tiles import to_pixels
 
 
 def region_side(map_side: int, target: int) -> int:
@@ -39,7 +38,7 @@ def highlight_region(image: Tensor, region: Tensor, alpha: float) -> Tensor:
     rest = (1 - alpha) * image.mean(dim=0, keepdim=True).expand_as(image)
     highlighted = torch.where(region, image, rest)
     outline = region_outline(region, max(1, round(region.shape[0] / 150)))
-    return to_uint8(torch.where(outline, torch.tensor(_OUTLINE_COLOR)[:, None, None], highlighted)).permute(1, 2, 0)
+    return to_pixels(torch.where(outline, torch.tensor(MARK_COLOR)[:, None, None], highlighted))
 
 
 def region_outline(region: Tensor, width: int) -> Tensor:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from transfer.figures.layout import MUTED_COLOR, TEXT_COLOR, grid_shape, new_figure
-from utils.visualization import to_uint8
+from transfer.figures.tiles import to_pixels
 
 _SIDE, _TEXT_HEIGHT, _GAP_SHARE = 1.3, 0.4, 0.04
 """Inches: the side of an image, and the height of the text above and below it; the gap as a share of the side."""
@@ -45,7 +45,7 @@ def draw_strips(strips: Sequence[Strip], dpi: int, title: str, details: str) -> 
     for panel, strip in zip(panels, strips):
         panel.set_title(strip.title, loc="left", fontsize=7.5, color=TEXT_COLOR, pad=3, parse_math=False)
         panel.imshow(
-            join_tiles(strip.tiles).numpy(),
+            _join_tiles(strip.tiles).numpy(),
             extent=(0, len(strip.tiles) * (1 + _GAP_SHARE), 1, 0),
             interpolation="antialiased",
         )
@@ -55,8 +55,8 @@ def draw_strips(strips: Sequence[Strip], dpi: int, title: str, details: str) -> 
     return figure
 
 
-def join_tiles(tiles: Sequence[Tensor], gap_share: float = _GAP_SHARE) -> Tensor:
+def _join_tiles(tiles: Sequence[Tensor]) -> Tensor:
     """Return images (3, side, side) in [0, 1] side by side, each with a white gap: (side, width, 3) uint8."""
     side = tiles[0].shape[1]
-    white = torch.ones(3, side, round(gap_share * side))
-    return to_uint8(torch.cat([part for tile in tiles for part in (tile, white)], dim=2)).permute(1, 2, 0)
+    white = torch.ones(3, side, round(_GAP_SHARE * side))
+    return to_pixels(torch.cat([part for tile in tiles for part in (tile, white)], dim=2))

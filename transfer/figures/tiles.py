@@ -7,13 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MARK_COLOR = (1.0, 0.78, 0.0)
-"""As the outlines of regions."""
+from transfer.figures.layout import MARK_COLOR
+from utils.visualization import to_uint8
 
 
 def tile_side(map_side: int, target: int) -> int:
     """Return the multiple of `map_side` that is closest to `target` pixels, so that patches have whole pixels."""
     return map_side * max(1, round(target / map_side))
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """Return an image (3, H, W) in [0, 1] as pixels (H, W, 3) uint8."""
+    return to_uint8(image).permute(1, 2, 0)
 
 
 def enlarge(maps: Tensor, side: int) -> Tensor:
@@ -48,7 +53,7 @@ def mark_patch(image: Tensor, position: int, map_side: int) -> Tensor:
     patch = torch.zeros(1, 1, side, side)
     row, column = divmod(position, map_side)
     patch[..., row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 1
-    colors = ((0.0, 0.0, 0.0), _MARK_COLOR, (0.0, 0.0, 0.0))
+    colors = ((0.0, 0.0, 0.0), MARK_COLOR, (0.0, 0.0, 0.0))
     widths = (1, width, 1)
     inner = patch[0, 0] > 0
     for color, line in zip(colors, widths):
