@@ -13,6 +13,7 @@ from data.loader import build_dataset, collate, prefetch
 from models import METHODS, build_method
 from tests.helpers import METHOD_FLAGS, run_expecting_usage_error, tiny_flags
 from transfer.probe import pretext_metrics
+from utils.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("small_encoder")
 
@@ -46,6 +47,20 @@ def test_metrics_are_means_over_the_images(trained: Path, images: Path, tmp_path
     assert result["metrics"] == pytest.approx({name: total / 8 for name, total in sums.items()}, rel=1e-5)
     assert result["images"] == 8
     assert ("loss/correspondence" in result["metrics"]) == ("rotation/accuracy" in result["metrics"])
+
+
+def test_checkpoints_without_the_arguments_of_later_versions_are_read(trained: Path) -> None:
+    state = torch.load(trained, weights_only=True)
+    for name in ("patch_size", "drop_path"):
+        del state["args"][name]
+    torch.save(state, trained)
+    method, _, epoch = pretext_metrics.load_method(trained)
+    torch.testing.assert_close(method.state_dict(), state["model"], rtol=0, atol=0)
+    assert epoch == 2
+    del state["args"]["dim_out"]
+    torch.save(state, trained)
+    with pytest.raises(UsageError, match="its run has no argument dim_out"):
+        pretext_metrics.load_method(trained)
 
 
 def test_files_without_the_heads_of_a_run_are_refused(

@@ -22,6 +22,9 @@ from utils.device import choose_device, loader_workers
 from utils.errors import UsageError
 from utils.files import check_writable
 
+_LATER_ARGUMENTS = {"patch_size": None, "drop_path": 0.0}
+"""The arguments of a run that earlier versions of this project did not have -> their values in such a run."""
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the arguments."""
@@ -74,13 +77,13 @@ def load_method(path: Path) -> tuple[Method, argparse.Namespace, int]:
         UsageError: the file is not a checkpoint of a run of this project, or is damaged.
     """
     state = checkpoint.load(path, "checkpoint")
-    run_args = argparse.Namespace(**checkpoint.checkpoint_args(state))
+    run_args = argparse.Namespace(**{**_LATER_ARGUMENTS, **checkpoint.checkpoint_args(state)})
     if getattr(run_args, "method", None) not in METHODS or not isinstance(state.get("epoch"), int):
         raise UsageError(f"checkpoint {path}: not of a run of main_pretrain.py; use its current.pth")
     try:
         method = build_method(run_args)
-    except AttributeError as error:  # a file of an earlier version
-        raise UsageError(f"checkpoint {path}: written by another version of this project ({error})") from None
+    except AttributeError as error:
+        raise UsageError(f"checkpoint {path}: its run has no argument {error.name}; use its current.pth") from None
     checkpoint.load_strict(method, checkpoint.extract_weights(state, f"checkpoint {path}"), f"checkpoint {path}")
     return method.eval().requires_grad_(False), run_args, state["epoch"]
 
