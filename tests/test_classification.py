@@ -14,6 +14,7 @@ import torch
 
 from tests.checkpoint_data import resnet18_weights, vit_weights, without_classifier
 from tests.helpers import make_image, read_metrics, run_expecting_usage_error, run_on_two_ranks
+from tests.probe_data import make_inat19
 from transfer.classification import classifier_training, finetune
 from transfer.classification.accuracy import count_correct, evaluate
 from transfer.classification.augmentation import build_mix, build_train_transform, build_val_transform
@@ -26,6 +27,7 @@ from transfer.classification.image_classifier import (
 from transfer.classification.labeled_files import list_labeled_files
 from transfer.classification.labeled_images import NO_LABEL, TrainingImages, ValidationImages, seed_generators
 from transfer.encoders import load_encoder, read_encoder
+from utils.errors import UsageError
 
 Command = Callable[..., list[str]]
 
@@ -162,21 +164,6 @@ def test_files_of_a_folder_are_listed_by_class(labeled: Path) -> None:
     assert len(files.limit(None).files) == 7
 
 
-def make_inat19(root: Path) -> None:
-    """Write three images of the categories 7 and 30, in the layout of iNaturalist 2019."""
-    names = {11: "train_val2019/Birds/30/a.jpg", 5: "train_val2019/Plants/7/b.jpg", 8: "train_val2019/Plants/7/c.jpg"}
-    for number, name in names.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        make_image(40, 30, number).save(root / name)
-    categories = {11: 30, 5: 7, 8: 7}
-    content = {
-        "images": [{"id": number, "file_name": name} for number, name in names.items()],
-        "annotations": [{"id": n, "image_id": n, "category_id": categories[n]} for n in (5, 8, 11)],
-    }
-    for split in ("train", "val"):
-        (root / f"{split}2019.json").write_text(json.dumps(content))
-
-
 def test_files_of_inaturalist_are_listed_by_its_json_files(tmp_path: Path) -> None:
     make_inat19(tmp_path)
     files = list_labeled_files("inat19", tmp_path, "train")
@@ -220,6 +207,17 @@ def test_damaged_images_are_replaced_in_training_and_wrong_in_validation(labeled
     assert count_correct(torch.eye(2), torch.tensor([0, NO_LABEL])).tolist() == [1, 1]
 
 
+def test_many_unreadable_training_images_in_a_row_stop_the_run(
+    labeled: Path, make_command: Command, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(labeled, tmp_path / "damaged"))
+    for path in (root / "train").glob("*/*.jpg"):
+        path.write_bytes(b"no image")
+    args = finetune.parse_args(make_command(tmp_path / "run", "--data-dir", str(root)))
+    with pytest.raises(UsageError, match=r"^--data-dir: 20 images in a row cannot be read, as .*\.jpg; repair them$"):
+        finetune.fine_tune(args)
+
+
 # Targets and accuracy
 
 
@@ -257,6 +255,11 @@ def test_correct_predictions_are_counted_as_by_a_loop(num_classes: int) -> None:
     assert counts.tolist() == [top1, top5]
 
 
+def test_logits_that_are_not_numbers_are_no_prediction() -> None:
+    logits = torch.tensor([[torch.nan, 0.0, 1.0], [0.0, torch.nan, 1.0], [0.0, 2.0, 1.0]])
+    assert count_correct(logits, torch.tensor([0, 2, 1])).tolist() == [1, 1]
+
+
 # Runs
 
 
@@ -278,11 +281,41 @@ def test_a_run_finishes_and_writes_its_results(finished_run: Path) -> None:
     assert f"epoch 2: top-1 {results['top1']:.2f} %" in text
 
 
-def test_the_saved_model_is_evaluated_alone(finished_run: Path, make_command: Command, tmp_path: Path) -> None:
-    argv = [str(finished_run / "current.pth"), *make_command(tmp_path / "evaluation", "--eval-only")[1:]]
-    size = argv.index("--image-size")  # the checkpoint has it
-    finetune.main([*argv[:size], *argv[size + 2 :]])
+def evaluation_command(checkpoint: Path, data: Path, output: Path, *flags: str) -> list[str]:
+    """Return the arguments of an evaluation of a checkpoint that a fine-tuning saved."""
+    argv = [str(checkpoint), "--eval-only", "--data-dir", str(data), "--output-dir", str(output)]
+    return [*argv, "--device", "cpu", "--num-workers", "0", *flags]
+
+
+def test_the_saved_model_is_evaluated_alone(finished_run: Path, labeled: Path, tmp_path: Path) -> None:
+    finetune.main(evaluation_command(finished_run / "current.pth", labeled, tmp_path / "evaluation"))
     assert read_results(tmp_path / "evaluation")["top1"] == read_results(finished_run)["top1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "not one that a fine-tuning saved"),
+        ({"epoch": None}, "not one that a fine-tuning saved"),
+        ({"head.bias": torch.tensor([torch.nan, 0.0])}, "head.bias holds values that are not finite"),
+        ({"head.bias": torch.zeros(3)}, r"head.bias is (3,) and should be (2,)"),
+    ],
+)
+def test_a_damaged_fine_tuning_is_not_evaluated(
+    change: dict[str, Any],
+    message: str,
+    finished_run: Path,
+    labeled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = torch.load(finished_run / "current.pth", weights_only=True)
+    model = {**state["model"], **{name: value for name, value in change.items() if "." in name}}
+    state = {**state, "model": model, **{name: value for name, value in change.items() if "." not in name}}
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "in.pth")
+    argv = evaluation_command(tmp_path / "in.pth", labeled, tmp_path / "evaluation")
+    assert message in run_expecting_usage_error(finetune.main, argv, capsys)
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(finished_run: Path, make_command: Command, tmp_path: Path) -> None:
@@ -330,7 +363,7 @@ def fine_tune_on_rank(argv: list[str]) -> dict[str, Any]:
     return seen
 
 
-def test_two_processes_evaluate_every_image_once(make_command: Command, tmp_path: Path) -> None:
+def test_two_processes_evaluate_every_image_once(make_command: Command, labeled: Path, tmp_path: Path) -> None:
     torch.save(resnet18_weights(0), tmp_path / "resnet18.pth")
     argv = [str(tmp_path / "resnet18.pth"), *make_command(tmp_path / "run", "--epochs", "1", "--batch-size", "8")[1:]]
     first, second = run_on_two_ranks(fine_tune_on_rank, argv)
@@ -338,8 +371,7 @@ def test_two_processes_evaluate_every_image_once(make_command: Command, tmp_path
     torch.testing.assert_close(first["mean"], second["mean"], rtol=0, atol=0)
     results = read_results(tmp_path / "run")
     assert (results["images"]["val"], results["top1"]) == (7, first["top1"])
-    argv = [str(tmp_path / "run/current.pth"), *make_command(tmp_path / "one", "--eval-only")[1:]]
-    finetune.main(argv)
+    finetune.main(evaluation_command(tmp_path / "run/current.pth", labeled, tmp_path / "one"))
     assert read_results(tmp_path / "one")["top1"] == first["top1"] == second["top1"]
 
 
@@ -352,14 +384,12 @@ def test_two_processes_evaluate_every_image_once(make_command: Command, tmp_path
         (["--image-size", "40"], "--image-size 40: not a multiple of the patch size 16"),
         (["--batch-size", "10"], "--batch-size 10: more than the 8 training images"),
         (["--batch-size", "5"], "need an even number of images"),
-        (["--batch-size", "1", "--mixup", "0", "--cutmix", "0"], "at least two images"),
         (["--warmup-epoch", "2"], "--warmup-epoch 2: not less than --epochs 2"),
         (["--auto-augment", "tuned"], "--auto-augment tuned: timm has no such policy"),
         (["--encoder", "student"], "no student in it"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere: no such folder"),
         (["--dataset", "inat19"], "needs the file train2019.json"),
-        (["--eval-only"], "not one that a fine-tuning saved"),
-        (["--eval-only", "--auto-resume"], "omit --resume and --auto-resume"),
+        (["--eval-only"], "--eval-only does not use --image-size, --epochs, --base-lr; omit them"),
         (["--resume", "/nowhere.pth"], "--resume /nowhere.pth: no such file"),
     ],
 )
@@ -381,14 +411,17 @@ def test_a_run_is_neither_overwritten_nor_changed(
         (): "holds a run",
         ("--auto-resume", "--base-lr", "1"): "--base-lr 0.01 -> 1.0",
         ("--auto-resume", "--data-dir", str(other)): "changes that affect the result",
-        ("--eval-only",): "already has results",
     }
     for flags, message in expected.items():
         line = run_expecting_usage_error(finetune.main, make_command(finished_run, *flags), capsys)
         assert message in line
-    argv = make_command(tmp_path / "evaluation", "--eval-only", "--data-dir", str(other))
-    line = run_expecting_usage_error(finetune.main, [str(finished_run / "current.pth"), *argv[1:]], capsys)
-    assert "use the data that it was trained on" in line
+    saved = finished_run / "current.pth"
+    evaluations = {
+        (labeled, finished_run): "already has results",
+        (other, tmp_path / "evaluation"): "use the data that it was trained on",
+    }
+    for (data, output), message in evaluations.items():
+        assert message in run_expecting_usage_error(finetune.main, evaluation_command(saved, data, output), capsys)
     assert {path: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
 
 
@@ -453,9 +486,32 @@ def test_damaged_json_files_are_one_line(
     assert message in run_expecting_usage_error(finetune.main, argv, capsys)
 
 
-def test_a_resnet_has_no_class_token(make_command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--global-pool", "token"], "--global-pool token: a resnet18 has no class token"),
+        (
+            ["--batch-size", "1", "--mixup", "0", "--cutmix", "0"],
+            "--batch-size 1: batch norm needs at least two images",
+        ),
+    ],
+)
+def test_a_resnet_has_no_class_token_and_needs_two_images_in_a_batch(
+    flags: list[str], message: str, make_command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save(resnet18_weights(0), tmp_path / "resnet18.pth")
-    argv = [str(tmp_path / "resnet18.pth"), *make_command(tmp_path / "run", "--global-pool", "token")[1:]]
-    assert "--global-pool token: a resnet18 has no class token" in run_expecting_usage_error(
-        finetune.main, argv, capsys
-    )
+    argv = [str(tmp_path / "resnet18.pth"), *make_command(tmp_path / "run", *flags)[1:]]
+    assert message in run_expecting_usage_error(finetune.main, argv, capsys)
+
+
+def test_a_vit_needs_no_second_image_in_a_batch(make_command: Command) -> None:
+    args = finetune.parse_args(make_command(Path("run"), "--batch-size", "1", "--mixup", "0", "--cutmix", "0"))
+    args.arch = "vit_tiny_patch16_224"
+    assert make_fine_tuning_plan(args, 8).steps_per_epoch == 8
+
+
+def test_a_checkpoint_of_pre_training_is_not_evaluated(
+    vit_checkpoint: Path, labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = evaluation_command(vit_checkpoint, labeled, tmp_path / "evaluation")
+    assert "not one that a fine-tuning saved" in run_expecting_usage_error(finetune.main, argv, capsys)

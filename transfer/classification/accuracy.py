@@ -28,8 +28,12 @@ class Accuracy:
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count how many labels (B,) are the largest of the logits (B, classes), and among the five largest: (2,)."""
+    """Count how many labels (B,) are the largest of the logits (B, classes), and among the five largest: (2,).
+
+    A row with a logit that is not a number counts as wrong.
+    """
     matches = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    matches &= ~logits.isnan().any(dim=1, keepdim=True)
     return torch.stack([matches[:, 0].sum(), matches.sum()])
 
 

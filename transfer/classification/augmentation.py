@@ -1,4 +1,7 @@
-"""Augmentation of labeled images by timm: RandAugment, random erasing, mixup, cutmix and label smoothing."""
+"""Augmentation of labeled images by timm: RandAugment, random erasing, mixup, cutmix and label smoothing.
+
+Importing this module replaces timm's posterize operations in the whole process, because timm has no other way to do it.
+"""
 
 import argparse
 from collections.abc import Callable

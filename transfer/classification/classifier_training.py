@@ -14,6 +14,9 @@ from transfer.classification.accuracy import Accuracy, evaluate
 from transfer.classification.augmentation import Mix
 from transfer.classification.fine_tuning_run import Classification
 from transfer.classification.labeled_images import (
+    MAX_UNREADABLE_IN_A_ROW,
+    NO_LABEL,
+    LabeledBatch,
     TrainingImages,
     ValidationImages,
     collate,
@@ -38,14 +41,20 @@ def train(
     start_step: int,
     provenance: dict[str, Any],
 ) -> None:
-    """Loop over the optimizer steps from `start_step`; save and evaluate after each epoch."""
+    """Loop over the optimizer steps from `start_step`; save and evaluate after each epoch.
+
+    Raises:
+        UsageError: too many images cannot be read, too many losses are not finite, or a file cannot be written.
+    """
     args, plan = run.args, run.plan
     model = distributed.wrap_ddp(run.method.train(), run.device)
     guard, meter = FiniteGuard(run.method, run.device), Meter(run.device, plan.num_images)
     # Meter reads the fields `index` and `unreadable` of a batch, which a LabeledBatch has as well.
     batches: Any = meter.timed(_build_loader(run, images, start_step))
     for step in range(start_step, plan.total_steps):
-        _train_step(run, model, next(batches), mix, guard, meter, step)
+        batch = next(batches)
+        _check_readable(batch)
+        _train_step(run, model, batch, mix, guard, meter, step)
         log.update_progress(step + 1)
         epoch, step_in_epoch = divmod(step + 1, plan.steps_per_epoch)
         if (step + 1) % args.print_freq and step_in_epoch:
@@ -67,6 +76,14 @@ def _build_loader(run: Classification, images: TrainingImages, start_step: int) 
         collate_fn=collate,
         pin_memory=run.device.type == "cuda",
     )
+
+
+def _check_readable(batch: LabeledBatch) -> None:
+    if (batch.labels == NO_LABEL).any():
+        last = batch.unreadable[-1]
+        raise UsageError(
+            f"--data-dir: {MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, as {last}; repair them"
+        )
 
 
 def _train_step(

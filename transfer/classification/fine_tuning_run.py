@@ -73,7 +73,7 @@ def make_fine_tuning_plan(args: argparse.Namespace, num_images: int) -> Training
             f"--batch-size {batch_size}: mixup and cutmix need an even number of images per process; "
             f"use a multiple of {2 * ranks}"
         )
-    if batch_size == ranks:
+    if batch_size == ranks and not is_vit(args.arch):
         raise UsageError(f"--batch-size {batch_size}: batch norm needs at least two images per process; use more")
     if num_images < batch_size:
         raise UsageError(

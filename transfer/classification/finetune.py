@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,25 @@ from utils.device import choose_device
 from utils.errors import UsageError
 from utils.run_log import RunLog
 
+_USED_BY_EVAL_ONLY = (
+    "checkpoint",
+    "dataset",
+    "data_dir",
+    "max_val_images",
+    "num_workers",
+    "batch_size",
+    "amp",
+    "output_dir",
+    "eval_only",
+    "device",
+)
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line.
+
+    Exits with status 2 if --eval-only is given with a flag that it does not use.
+    """
     parser = make_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="any checkpoint that transfer/convert.py reads")
     parser.add_argument(
@@ -46,7 +62,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_optimization_arguments(parser.add_argument_group("optimization"))
     _add_run_arguments(parser.add_argument_group("run"))
     parser.set_defaults(init="", start_epoch=1)  # of pre-training, for utils.resume
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.eval_only:
+        changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        if unused := [f"--{name.replace('_', '-')}" for name in changed if name not in _USED_BY_EVAL_ONLY]:
+            parser.error(f"--eval-only does not use {', '.join(unused)}; omit {'it' if len(unused) == 1 else 'them'}")
+    return args
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -162,17 +183,18 @@ def evaluate_fine_tuned(args: argparse.Namespace) -> None:
     """Measure the accuracy of a fine-tuned classifier, and write it to `results.json` in --output-dir.
 
     Raises:
-        UsageError: the checkpoint is not of a fine-tuning, or has other classes than the data.
+        UsageError: the checkpoint is not of a fine-tuning, has values that are not finite or other classes than the
+            data, or --output-dir has results.
     """
-    if args.resume or args.auto_resume:
-        raise UsageError("--eval-only trains nothing; omit --resume and --auto-resume")
     if any(Path(args.output_dir, name).exists() for name in ("metrics.jsonl", "results.json")):
         raise UsageError(f"--output-dir {args.output_dir}: already has results; use another folder with --eval-only")
     device = choose_device(args)
     distributed.initialize(device)
     state = checkpoint.load(args.checkpoint, "checkpoint")
     saved = checkpoint.checkpoint_args(state)
-    if not {"arch", "classes", "global_pool", "image_size"} <= saved.keys():
+    weights, epoch = state.get("model"), state.get("epoch")
+    has_arguments = {"arch", "classes", "global_pool", "image_size"} <= saved.keys()
+    if not has_arguments or not isinstance(weights, Mapping) or not isinstance(epoch, int):
         raise UsageError(
             f"checkpoint {args.checkpoint}: not one that a fine-tuning saved; omit --eval-only to train it"
         )
@@ -184,11 +206,12 @@ def evaluate_fine_tuned(args: argparse.Namespace) -> None:
         )
     files = files.limit(args.max_val_images)
     model = build_classifier(saved["arch"], len(files.classes), saved["image_size"], saved["global_pool"])
-    checkpoint.load_strict(model, state["model"], f"checkpoint {args.checkpoint}")
+    checkpoint.load_strict(model, weights, f"checkpoint {args.checkpoint}")
+    checkpoint.check_finite(weights, f"checkpoint {args.checkpoint}")
     images = ValidationImages(files, build_val_transform(saved["image_size"]))
     accuracy = evaluate(model.to(device), images, args, device)
     if distributed.is_main_process():
-        results: dict[str, Any] = {"top1": accuracy.top1, "top5": accuracy.top5, "epoch": state["epoch"]}
+        results: dict[str, Any] = {"top1": accuracy.top1, "top5": accuracy.top5, "epoch": epoch}
         results |= {"images": {"val": accuracy.num_images}, "unreadable": accuracy.unreadable, "recipe": saved}
         write_results(Path(args.output_dir), results)
         print(f"{accuracy}; written to {args.output_dir}/results.json")

@@ -15,8 +15,8 @@ from data.views import rgb_pixels
 from transfer.classification.labeled_files import LabeledFiles
 
 NO_LABEL = -1
-"""The label of a validation image that cannot be read, which equals no prediction."""
-_MAX_UNREADABLE_IN_A_ROW = 20
+"""The label of an image that cannot be read, which equals no prediction."""
+MAX_UNREADABLE_IN_A_ROW = 20
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -91,7 +91,8 @@ class TrainingImages(ValidationImages):
     """The images of a split, augmented by random numbers that depend on (seed, epoch, image number) alone.
 
     Indices continue over epochs: index i is image `i % len` in epoch `i // len`. In the place of an image that cannot
-    be read stands the next one, with its own label.
+    be read stands the next one, with its own label; after `MAX_UNREADABLE_IN_A_ROW` of them a black image with the
+    label `NO_LABEL`.
     """
 
     def __init__(self, files: LabeledFiles, transform: Transform, seed: int):
@@ -102,13 +103,14 @@ class TrainingImages(ValidationImages):
         epoch, number = divmod(index, len(self))
         seed_generators(self.seed, epoch, number)
         unreadable: list[str] = []
-        for substitute in range(number, number + _MAX_UNREADABLE_IN_A_ROW):
+        for substitute in range(number, number + MAX_UNREADABLE_IN_A_ROW):
             substitute %= len(self)
             image, failed = self._read(substitute)
             unreadable += failed
             if not failed:
                 break
-        return LabeledImage(self.transform(image), int(self.labels[substitute]), number, tuple(unreadable))
+        label = NO_LABEL if failed else int(self.labels[substitute])
+        return LabeledImage(self.transform(image), label, number, tuple(unreadable))
 
 
 def seed_generators(*key: int) -> None:
