@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 
 import main_pretrain
+from data.loader import build_dataset, collate
+from models import METHODS
+from models.alignment import pairwise_overlap_boxes
 from tests.helpers import make_image, read_metrics, run_expecting_usage_error
 
 VIT = ["--arch", "vit_tiny_patch16_224"]
@@ -87,7 +90,12 @@ def test_views_that_cannot_meet_and_narrow_images_train(
     for number, size in enumerate([(1, 1000), (1000, 1), (1, 1), (400, 300)] * 4):
         image = Image.new("RGB", size, "red") if 1 in size else make_image(*size, seed=number)
         image.save(tmp_path / f"images/{number}.png")
-    main_pretrain.main(tiny(*GTSA, "--data-dir", str(tmp_path / "images"), "--local-views", "6"))
+    argv = tiny(*GTSA, "--data-dir", str(tmp_path / "images"), "--local-views", "6")
+    args = main_pretrain.parse_args(argv)
+    dataset = build_dataset(args, METHODS["gtsa"].view_recipes(args))
+    _boxes, intersects = pairwise_overlap_boxes(collate([dataset[number] for number in range(16)]))
+    assert not intersects[:, :, :2].all()
+    main_pretrain.main(argv)
     (metrics,) = read_metrics(tmp_path / "run")
     assert metrics["optim/skipped_steps"] == metrics["data/unreadable_images"] == 0
     assert -1 <= metrics["loss/crop"] <= 1

@@ -113,9 +113,9 @@ def test_slotfa_costs_what_slotcon_does_without_contrast() -> None:
 
 
 def test_work_and_memory_of_gtsa_grow_linearly_with_the_batch() -> None:
-    """All views of ViT-S/16, forward and backward; two of ten views forward; heads and losses add less than half."""
+    """Ten views of ViT-S/16 forward and backward, and two of them through the teacher; with all heads and losses."""
     (flops, kept), (more_flops, more_kept) = (count_work(batch_size, "--method", "gtsa") for batch_size in (64, 512))
     assert more_flops == pytest.approx(flops, rel=1e-3)
     assert more_kept < 1.01 * kept
     assert flops == pytest.approx(152e9, rel=0.01)
-    assert kept < 128 * 2**20
+    assert kept < 150 * 2**20
