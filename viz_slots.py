@@ -89,7 +89,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sampling",
         type=at_least(1),
-        help="number of prototypes (neighbors) or images to sample (default: 20; 200 images on a page)",
+        help="number of prototypes (neighbors) or images to sample (default: 20; 200 for pages and exports of images)",
     )
     group.add_argument(
         "--idxs", type=at_least(0), nargs="+", help="numbers of the prototypes to show instead of sampled ones"
@@ -102,7 +102,12 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--points", type=at_least(10), default=4000, help="number of feature-map positions in the t-SNE")
     group.add_argument("--dpi", type=at_least(20), default=150, help="pixels per inch")
-    group.add_argument("--seed", type=at_least(0), default=0, help="seed of sampling and t-SNE")
+    group.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="seed of the sampled prototypes, images and patches, and of the t-SNE",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
@@ -130,15 +135,17 @@ def visualize(args: argparse.Namespace) -> None:
     model = load_model(args, state)
     names_figure = args.figure is not None
     resolve_outputs(args, model)
+    crops = CenterCrops(find_images(args, train_args), choose_image_size(args, train_args, model))
+    indices = evenly_spaced(len(crops), args.max_images)
+    verify_number_of_images(args, model, len(indices))
     args.amp = "off"
     device = choose_device(args)
     (model.slots or model.encoder).to(device)
     del state
-    crops = CenterCrops(find_images(args, train_args), choose_image_size(args, train_args, model))
     options = crops, device, args.batch_size, loader_workers(args.num_workers)
-    indices = evenly_spaced(len(crops), args.max_images)
-    if not model.slots and not names_figure:
-        print(f"{args.model_path} has no prototypes; figures: {', '.join(model.figures)}")
+    if args.figure and not model.slots and not names_figure:
+        figures = ", ".join(model.figures)
+        print(f"{args.model_path} has no prototypes; figures: {figures}; --html shows images, --export writes features")
 
     features = FeatureExtractor(partial(encode, model.encoder), *options)
     if args.figure in ENCODER_FIGURES:
@@ -166,6 +173,8 @@ def resolve_outputs(args: argparse.Namespace, model: LoadedModel) -> None:
         raise UsageError(f"--figure {args.figure}: {args.model_path} has no {lacks}; use {' or '.join(model.figures)}")
     if args.topk > _MAX_TOPK:
         raise UsageError(f"--topk {args.topk}: use at most {_MAX_TOPK}")
+    if args.idxs and not model.slots:
+        raise UsageError(f"--idxs {args.idxs[0]}: {args.model_path} has no prototypes; omit it")
     if args.idxs and args.figure not in ("neighbors", "maps"):
         raise UsageError("--idxs: only applies to --figure neighbors and --figure maps")
     if args.figure:
@@ -180,6 +189,17 @@ def resolve_outputs(args: argparse.Namespace, model: LoadedModel) -> None:
     for flag, path in (("--save-path", args.save_path), ("--html", args.html), ("--export", args.export)):
         if path:
             check_writable(flag, path, args.overwrite, folder=flag == "--export")
+
+
+def verify_number_of_images(args: argparse.Namespace, model: LoadedModel, count: int) -> None:
+    """Verify that there are other images where outputs show the nearest patches in other images.
+
+    Raises:
+        UsageError: there is only one image.
+    """
+    flag = "--figure patches" if args.figure == "patches" else "--html" if args.html and not model.slots else None
+    if flag and count == 1:
+        raise UsageError(f"{flag}: there is only one image; use a larger --max-images or --data-dir")
 
 
 def load_model(args: argparse.Namespace, state: Mapping[str, Any]) -> LoadedModel:

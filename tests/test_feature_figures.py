@@ -8,10 +8,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,12 +27,15 @@ from models import build_method
 from models.vit import ViTEncoder, build_vit
 from tests.helpers import run_expecting_usage_error
 from transfer.encoders import load_encoder
+from transfer.figures import slot_outputs
 from transfer.figures.extractor import CenterCrops, FeatureExtractor
 from transfer.figures.nearest_patches import QueryCollector, find_matches, find_nearest, sample_position
 from transfer.figures.patches import draw_patches
 from transfer.figures.principal_components import PrincipalComponents
-from transfer.figures.tiles import enlarge, mark_patch, weight_colors
+from transfer.figures.regions import resample
+from transfer.figures.tiles import enlarge, mark_patch, to_pixels, weight_colors
 from transfer.figures.vit_attention import EncodedImages, encode
+from transfer.slot_model import load_slot_model
 from utils.files import link_or_copy
 from utils.visualization import normalize
 
@@ -215,13 +222,16 @@ def test_query_patch_of_a_small_map_lies_in_it(map_side: int) -> None:
 def test_query_patch_and_nearest_patches_are_drawn_in_order_of_similarity(images: Path) -> None:
     features = torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(1))
     figure = draw_patches(make_extractor(features, images), range(16), range(16), 3, 0, 40, "details")
-    panels = [axes for axes in figure.axes if axes.texts]
-    assert [axes.get_title(loc="left") for axes in panels] == [f"{number:02}.jpg" for number in range(16)]
-    for axes in panels:
-        query, *scores = [text.get_text() for text in axes.texts]
-        assert query == "query"
-        assert len(scores) == 3
-        assert scores == sorted(scores, reverse=True)
+    panels = panels_of(figure)
+    assert [index for index, _ in panels] == list(range(16))
+    photographs = [resample(pixels_of(crops_of(images), index), 52)[0] for index in range(16)]
+    for index, axes in panels:
+        query = index, sample_position(index, 4, 0)
+        nearest = nearest_by_loops(features.double().numpy(), query, range(16), 3)
+        assert [text.get_text() for text in axes.texts] == ["query", *(f"{score:.3f}" for score, _, _ in nearest)]
+        patches = [query, *((image, position) for _, image, position in nearest)]
+        for tile, (image, position) in zip(read_tiles(axes, 4), patches):
+            np.testing.assert_array_equal(tile, to_pixels(mark_patch(photographs[image], position, 4)))
 
 
 # Tiles
@@ -260,11 +270,76 @@ def test_checkpoint_without_prototypes_says_what_it_can_show_and_shows_it(
     viz_slots.main(command(path, images))
     figure = tmp_path / "features_pca.png"
     assert capsys.readouterr().out.splitlines() == [
-        f"{path} has no prototypes; figures: pca, attention, patches",
+        f"{path} has no prototypes; figures: pca, attention, patches; --html shows images, --export writes features",
         f"figure: {figure}",
     ]
-    with Image.open(figure) as image:
-        assert np.array(image.convert("RGB")).std() > 10
+    assert figure.is_file()
+
+
+def drawn_figure(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """Run the command, and return the figure that `save_figure` of a module gets."""
+    save = Mock()
+    monkeypatch.setattr(module, "save_figure", save)
+    viz_slots.main(argv)
+    figure: Figure = save.call_args.args[2]
+    return figure
+
+
+def read_tiles(axes: Axes, count: int) -> list[np.ndarray]:
+    """Return the images (side, side, 3) uint8 of a strip, without the gaps between them."""
+    strip = np.asarray(axes.images[0].get_array())
+    side, step = strip.shape[0], strip.shape[1] // count
+    return [strip[:, number * step : number * step + side] for number in range(count)]
+
+
+def panels_of(figure: Figure) -> list[tuple[int, Axes]]:
+    """Return the panels and the numbers of their images, which their titles name."""
+    return [(int(axes.get_title(loc="left")[:2]), axes) for axes in figure.axes if axes.images]
+
+
+def pixels_of(crops: CenterCrops, index: int) -> Tensor:
+    pixels = crops[index].pixels
+    assert pixels is not None
+    return pixels[None]
+
+
+@torch.no_grad()
+def encode_images(checkpoint: Path, images: Path, indices: Sequence[int]) -> EncodedImages:
+    """Return the outputs of the encoder of a checkpoint for images."""
+    crops = crops_of(images)
+    return encode(load_encoder(checkpoint), normalize(torch.cat([pixels_of(crops, index) for index in indices]) / 255))
+
+
+def test_figure_of_pca_shows_each_image_beside_the_colors_of_its_patches(
+    checkpoints: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints / "gtsa.pth"
+    panels = panels_of(drawn_figure(viz_slots, command(path, images, "--save-path", str(tmp_path)), monkeypatch))
+    shown = [index for index, _ in panels]
+    assert len(shown) == 3
+    features = encode_images(path, images, shown).features
+    components = PrincipalComponents()
+    components.update(features)
+    for (index, axes), colors in zip(panels, components.fit().colors(features)):
+        photograph, patches = read_tiles(axes, 2)
+        np.testing.assert_array_equal(photograph, to_pixels(resample(pixels_of(crops_of(images), index), 51)[0]))
+        np.testing.assert_allclose(patches, 255 * enlarge(colors, 51).permute(1, 2, 0).numpy(), atol=2)
+
+
+def test_figure_of_attention_shows_the_mean_and_each_head(
+    checkpoints: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints / "slotcon.pth"
+    argv = command(path, images, "--figure", "attention", "--save-path", str(tmp_path))
+    panels = panels_of(drawn_figure(viz_slots, argv, monkeypatch))
+    attention = encode_images(path, images, [index for index, _ in panels]).attention
+    assert attention is not None
+    for (index, axes), heads in zip(panels, attention, strict=True):
+        assert [text.get_text() for text in axes.texts] == ["image", "mean", "head 0", "head 1", "head 2"]
+        photograph, *maps = read_tiles(axes, 5)
+        np.testing.assert_array_equal(photograph, to_pixels(resample(pixels_of(crops_of(images), index), 51)[0]))
+        expected = enlarge(weight_colors(torch.cat([heads.mean(dim=0, keepdim=True), heads])), 51)
+        np.testing.assert_allclose(maps, 255 * expected.permute(0, 2, 3, 1).numpy(), atol=8)
 
 
 def test_page_and_export_of_a_released_checkpoint(checkpoints: Path, images: Path, tmp_path: Path) -> None:
@@ -272,7 +347,7 @@ def test_page_and_export_of_a_released_checkpoint(checkpoints: Path, images: Pat
     viz_slots.main(command(path, images, "--html", str(page), "--export", str(folder)))
     data = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
     assert data["views"] == ["image", "PCA", "attention"]
-    assert [data["names"][card["image"]] for card in data["cards"]] == ["00.jpg", "03.jpg", "09.jpg"]
+    assert [data["names"][card["image"]] for card in data["cards"]] == ["06.jpg", "09.jpg", "12.jpg"]
     assert all(len(card["nearest"]) == 2 and len(card["strips"]) == 2 for card in data["cards"])
 
     rows = list(csv.DictReader((folder / "images.csv").open()))
@@ -296,12 +371,41 @@ def test_page_and_export_of_a_released_checkpoint(checkpoints: Path, images: Pat
             pixels = np.array(image)
         assert pixels.shape == (SIZE, SIZE, 3)
         np.testing.assert_allclose(pixels, 255 * enlarge(color, SIZE).permute(1, 2, 0).numpy(), atol=2)
+    check_nearest_patches(folder / "nearest_patches.csv", expected, [row["image"] for row in rows])
     metadata = json.loads((folder / "metadata.json").read_text())
     assert (metadata["arch"], metadata["encoder"]) == ("vit_tiny_patch16_224", "teacher")
     assert (metadata["image_size"], metadata["output_stride"]) == (SIZE, 16)
     readme = (folder / "README.txt").read_text()
     assert "released.pth in 5 images" in readme
     assert all(f"{name}/NAME" in readme for name in ("features", "pca", "attention"))
+    assert "nearest_patches.csv for a query patch of each of 3 images" in readme
+
+
+def check_nearest_patches(path: Path, features: Tensor, names: list[str]) -> None:
+    """Compare a table of three queries and two ranks with a loop over the features of all images."""
+
+    def patch_of(image: int, position: int) -> Tensor:
+        return features[image].flatten(1)[:, position]
+
+    rows = list(csv.DictReader(path.open()))
+    queries = list(dict.fromkeys(row["query_image"] for row in rows))
+    assert queries == ["06.jpg", "09.jpg", "12.jpg"]
+    assert [row["query_image"] for row in rows] == [name for name in queries for _ in range(2)]
+    assert [row["rank"] for row in rows] == ["1", "2"] * 3
+    for name in queries:
+        position = sample_position(int(name[:2]), 3, 0)
+        query = names.index(name), position
+        found = [row for row in rows if row["query_image"] == name]
+        assert len({row["image"] for row in found} - {name}) == 2
+        nearest = nearest_by_loops(features.double().numpy(), query, range(len(names)), 2)
+        for row, (score, _, _) in zip(found, nearest):
+            assert divmod(position, 3) == (int(row["query_row"]), int(row["query_column"]))
+            patches = (
+                patch_of(query[0], position),
+                patch_of(names.index(row["image"]), 3 * int(row["row"]) + int(row["column"])),
+            )
+            assert float(row["score"]) == pytest.approx(score, abs=1e-4)
+            assert F.cosine_similarity(*patches, dim=0).item() == pytest.approx(score, abs=1e-4)
 
 
 def test_student_is_shown_where_it_is_named(checkpoints: Path, images: Path, tmp_path: Path) -> None:
@@ -314,16 +418,17 @@ def test_student_is_shown_where_it_is_named(checkpoints: Path, images: Path, tmp
     assert json.loads((folder / "metadata.json").read_text())["encoder"] == "student"
 
 
-def test_slots_on_a_vit_are_shown_as_those_on_a_resnet(checkpoints: Path, images: Path, tmp_path: Path) -> None:
+def test_slots_on_a_vit_are_shown_as_those_on_a_resnet(
+    checkpoints: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, page, folder = checkpoints / "slotcon.pth", tmp_path / "page.html", tmp_path / "out"
     flags = ["--figure", "maps", "--save-path", str(tmp_path), "--html", str(page), "--export", str(folder)]
-    viz_slots.main(command(path, images, *flags))
-    assert (tmp_path / "slots_maps.png").stat().st_size > 1000
+    figure = drawn_figure(slot_outputs, command(path, images, *flags), monkeypatch)
+    assert len([axes for axes in figure.axes if axes.images]) == 3
     assert "Nearest images of each prototype" in page.read_text()
-    with np.load(folder / "scores/00.npz") as arrays:
-        assert arrays["scores"].shape == (8, 3, 3)
-    viz_slots.main(command(path, images, "--figure", "attention", "--save-path", str(tmp_path)))
-    assert (tmp_path / "features_attention.png").stat().st_size > 1000
+    with np.load(folder / "scores/00.npz") as arrays, torch.no_grad():
+        _, expected = load_slot_model(path)(normalize(pixels_of(crops_of(images), 0) / 255))
+        np.testing.assert_allclose(arrays["scores"], expected[0].numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize(("train_size", "size"), [(32, 64), (28, 64), (44, 96), (224, 448), (7, 448)])
@@ -345,9 +450,10 @@ def test_default_image_size_is_the_multiple_of_the_patch_size_near_twice_that_of
         (["--output-stride", "16"], "--output-stride 16: .* patch size"),
         (["--arch", "vit_tiny_patch32_224"], "--arch vit_tiny_patch32_224: .* has vit_tiny_patch16_224"),
         (["--num-prototypes", "8"], "--num-prototypes 8: .* has no prototypes; omit it"),
-        (["--idxs", "3"], "--idxs: only applies to --figure neighbors"),
+        (["--idxs", "3"], "--idxs 3: .*gtsa.pth has no prototypes; omit it"),
         (["--data-dir", "missing"], "--data-dir missing: no such folder"),
         (["--figure", "patches", "--max-images", "1"], "--figure patches: .* only one image"),
+        (["--html", "page.html", "--max-images", "1"], "--html: there is only one image"),
     ],
 )
 def test_invalid_call_is_refused_in_one_line(

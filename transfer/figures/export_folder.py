@@ -50,15 +50,23 @@ class ExportFolder:
         self._create(path.parent)
         write_output("--export", path, lambda file: file.write(content))
 
+    def write_table(self, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Write rows, the first of which is the head, as a CSV file.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        table = StringIO()
+        csv.writer(table).writerows(rows)
+        self.write(name, table.getvalue().encode())
+
     def write_texts(self, rows: Sequence[Sequence[Any]], metadata: Mapping[str, Any], readme: str) -> None:
         """Write `images.csv`, whose first row is its head, `metadata.json` and `README.txt`.
 
         Raises:
             UsageError: a file cannot be written.
         """
-        table = StringIO()
-        csv.writer(table).writerows(rows)
-        self.write("images.csv", table.getvalue().encode())
+        self.write_table("images.csv", rows)
         self.write("metadata.json", (json.dumps(metadata, indent=2) + "\n").encode())
         self.write("README.txt", readme.encode())
 

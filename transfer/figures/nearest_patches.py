@@ -80,10 +80,15 @@ def find_nearest(
     """
     nearest = NearestImages(len(queries.indices), topk, queries.features.device)
     for batch in extractor.extract(indices, "searching"):
-        scores = torch.einsum("qc,bpc->bqp", queries.features, unit_patches(batch.features)).amax(dim=2)
-        own = batch.indices[:, None] == queries.indices
-        nearest.update(batch.indices, scores.masked_fill(own.to(scores.device), -torch.inf))
+        update_nearest(nearest, queries, batch)
     return nearest
+
+
+def update_nearest(nearest: NearestImages, queries: QueryPatches, batch: FeatureBatch) -> None:
+    """Add the best patch of each image of a batch to the nearest images of each query, except of its own image."""
+    scores = torch.einsum("qc,bpc->bqp", queries.features, unit_patches(batch.features)).amax(dim=2)
+    own = batch.indices[:, None] == queries.indices
+    nearest.update(batch.indices, scores.masked_fill(own.to(scores.device), -torch.inf))
 
 
 class Match(NamedTuple):
