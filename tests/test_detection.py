@@ -12,6 +12,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,14 +31,17 @@ from tests.checkpoint_data import CodeInPickle
 from tests.detection_data import HEIGHT, WIDTH, make_cityscapes, make_coco, make_custom_data
 from tests.helpers import run_expecting_usage_error
 from tests.reference.framework_names import resnet_rows
+from transfer.convert import main as convert_main
 from transfer.detection import d2_config, d2_registration, d2_weights, train_net
 from transfer.detection.coco_json import CocoData
 from transfer.detection.d2_custom_dataset import read_custom_dataset
 from transfer.detection.d2_solver import SolverSettings, default_solver_settings
-from transfer.detection.d2_weights import RESNET, VIT, WeightsFile
+from transfer.detection.d2_weights import RESNET_PREFIX, WeightsFile
 from transfer.frameworks import data_root
 from transfer.results import write_json
 from utils.errors import UsageError
+from utils.integrity import CHECKSUM
+from utils.vit_names import DETECTRON2_PREFIX as VIT_PREFIX
 
 TRAIN_NET = Path(train_net.__file__)
 CONFIGS = TRAIN_NET.parent / "configs"
@@ -175,7 +179,7 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_config_has_the_published_recipe(name: str) -> None:
+def test_config_has_its_recipe(name: str) -> None:
     config = merge_config(CONFIGS / f"{name}.yaml")
     for key, expected in recipe_of(name).items():
         value = functools.reduce(lambda node, part: node[part], key.split("."), config)
@@ -226,7 +230,7 @@ def test_unpaired_overrides_are_refused(options: list[str], message: str) -> Non
     ],
 )
 def test_unsuitable_optimizers_are_refused(optimizer: str, layer_decay: float, backbone: str, message: str) -> None:
-    solver = SimpleNamespace(OPTIMIZER=optimizer, LAYER_DECAY=layer_decay)
+    solver = SimpleNamespace(OPTIMIZER=optimizer, LAYER_DECAY=layer_decay, BIAS_LR_FACTOR=1.0)
     model = SimpleNamespace(BACKBONE=SimpleNamespace(NAME=backbone))
     with pytest.raises(UsageError) as error:
         d2_config.check_optimizer(SimpleNamespace(SOLVER=solver, MODEL=model))
@@ -395,7 +399,7 @@ def convert(network: torchvision_models.ResNet, arch: str = "resnet50") -> dict[
 
 def model_of(state: dict[str, Any]) -> dict[str, Tensor]:
     """Return the state of a detector whose backbone has the converted tensors."""
-    backbone = {RESNET + name: torch.from_numpy(value.copy()) for name, value in state["model"].items()}
+    backbone = {RESNET_PREFIX + name: torch.from_numpy(value.copy()) for name, value in state["model"].items()}
     return backbone | {"backbone.fpn_output2.weight": torch.zeros(4), "roi_heads.box_head.fc1.weight": torch.zeros(2)}
 
 
@@ -409,18 +413,19 @@ def test_all_backbone_tensors_come_from_the_file(resnet18: torchvision_models.Re
     path.write_bytes(pickle.dumps(state))
     file, model = WeightsFile("MODEL.WEIGHTS", path, full_model=False), model_of(state)
     expected = d2_weights.check_weights(file, model)
-    assert set(expected) == {name for name in model if name.startswith(RESNET)}
+    assert set(expected) == {name for name in model if name.startswith(RESNET_PREFIX)}
     assert d2_weights.check_loaded(file, model) == f"120 of 120 backbone tensors from {path}"
     for name in ("stem.conv1.norm.running_var", "res5.1.conv2.norm.num_batches_tracked"):
-        changed = model | {RESNET + name: model[RESNET + name] + 1}
-        with pytest.raises(UsageError, match=f"detectron2 did not load {RESNET}{name}"):
+        changed = model | {RESNET_PREFIX + name: model[RESNET_PREFIX + name] + 1}
+        with pytest.raises(UsageError, match=f"detectron2 did not load {RESNET_PREFIX}{name}"):
             d2_weights.check_loaded(file, changed)
     with pytest.raises(UsageError, match=r"backbone.fpn_output2.weight is missing; give a detector of this config"):
         d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=True), model_of(state))
 
 
 def replace(state: dict[str, Any], name: str, array: np.ndarray | None) -> dict[str, Any]:
-    """Return the converted file with another tensor, or without it."""
+    """Return the converted file with another tensor, or without it, and without checksum."""
+    state = {key: value for key, value in state.items() if key != CHECKSUM}
     arrays = {key: value for key, value in state["model"].items() if key != name}
     return state | {"model": arrays if array is None else arrays | {name: array}}
 
@@ -525,12 +530,11 @@ def test_weights_of_another_network_are_refused_also_before_their_conversion(
 
 def convert_vit(encoder: ViTEncoder) -> dict[str, Any]:
     """Return what convert_pretrain_to_d2.py writes for a ViT."""
-    weights = {name: value for name, value in encoder.state_dict().items() if name not in NOT_IN_DETECTRON2}
-    arrays = {VIT + name: value.numpy() for name, value in weights.items()}
-    return {"model": arrays, "__author__": "tests", "provenance": {"format": "detectron2", "source": "in.pth"}}
-
-
-NOT_IN_DETECTRON2 = ("cls_token", "norm.weight", "norm.bias")
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder) / "encoder.pth", Path(folder) / "encoder.pkl"
+        torch.save(encoder.state_dict(), source)
+        convert_main([str(source), str(output)], "detectron2")
+        return pickle.loads(output.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -564,29 +568,29 @@ def vit_detector(vit: ViTEncoder) -> dict[str, Tensor]:
 
 def test_all_tensors_of_a_vit_come_from_the_file(vit: ViTEncoder, vit_file: Path) -> None:
     file, model = WeightsFile("MODEL.WEIGHTS", vit_file, full_model=False), vit_detector(vit)
-    assert set(d2_weights.check_weights(file, model)) == {name for name in model if name.startswith(VIT)}
+    assert set(d2_weights.check_weights(file, model)) == {name for name in model if name.startswith(VIT_PREFIX)}
     assert d2_weights.check_loaded(file, model) == f"147 of 147 backbone tensors from {vit_file}"
     for name in ("pos_embed", "blocks.11.mlp.fc2.bias"):
-        with pytest.raises(UsageError, match=f"detectron2 did not load {VIT}{name}"):
-            d2_weights.check_loaded(file, model | {VIT + name: model[VIT + name] + 1})
+        with pytest.raises(UsageError, match=f"detectron2 did not load {VIT_PREFIX}{name}"):
+            d2_weights.check_loaded(file, model | {VIT_PREFIX + name: model[VIT_PREFIX + name] + 1})
 
 
 TINY = "a ViT (12 blocks, 192 channels, patch size 16)"
 UNSUITABLE_VITS: dict[str, tuple[Callable[[ViTEncoder], Any], str]] = {
     "missing": (
-        lambda vit: replace(convert_vit(vit), VIT + "blocks.3.attn.qkv.bias", None),
+        lambda vit: replace(convert_vit(vit), VIT_PREFIX + "blocks.3.attn.qkv.bias", None),
         "backbone.net.blocks.3.attn.qkv.bias is missing; the file is incomplete; make it again with python transfer/",
     ),
     "nan": (
-        lambda vit: replace(convert_vit(vit), VIT + "blocks.0.norm1.bias", np.full(192, np.nan, np.float32)),
+        lambda vit: replace(convert_vit(vit), VIT_PREFIX + "blocks.0.norm1.bias", np.full(192, np.nan, np.float32)),
         "backbone.net.blocks.0.norm1.bias is not finite",
     ),
     "other_image_size": (
-        lambda vit: replace(convert_vit(vit), VIT + "pos_embed", np.zeros((1, 577, 192), np.float32)),
-        "pos_embed has shape (1, 577, 192) and the config's model (1, 197, 192); the file holds another network",
+        lambda vit: replace(convert_vit(vit), VIT_PREFIX + "pos_embed", np.zeros((1, 577, 192), np.float32)),
+        "backbone.net.pos_embed is for another image size; use an encoder for 224 px",
     ),
     "class_token": (
-        lambda vit: replace(convert_vit(vit), VIT + "cls_token", np.zeros((1, 1, 192), np.float32)),
+        lambda vit: replace(convert_vit(vit), VIT_PREFIX + "cls_token", np.zeros((1, 1, 192), np.float32)),
         "backbone.net.cls_token does not exist in the config's model",
     ),
     "other_width": (
@@ -602,7 +606,7 @@ UNSUITABLE_VITS: dict[str, tuple[Callable[[ViTEncoder], Any], str]] = {
         f"holds a ResNet-18, and the config is for {TINY}",
     ),
     "scalar": (
-        lambda vit: replace(convert_vit(vit), VIT + "patch_embed.proj.weight", np.zeros((), np.float32)),
+        lambda vit: replace(convert_vit(vit), VIT_PREFIX + "patch_embed.proj.weight", np.zeros((), np.float32)),
         "no ResNet or ViT in it",
     ),
 }
@@ -646,7 +650,7 @@ def test_training_may_start_from_the_backbone_of_a_detector(
     other_classes = {"roi_heads.box_predictor.cls_score.weight": torch.zeros(3, 4)}
     torch.save({"model": model | other_classes}, path)
     expected = d2_weights.check_weights(WeightsFile("MODEL.WEIGHTS", path, full_model=False), model)
-    assert set(expected) == {name for name in model if name.startswith(RESNET)}
+    assert set(expected) == {name for name in model if name.startswith(RESNET_PREFIX)}
 
 
 def test_resumed_run_loads_the_last_checkpoint(tmp_path: Path) -> None:
@@ -742,12 +746,15 @@ def load_config(*flags: str) -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_detectron2_builds_the_published_recipe(name: str, trainer: ModuleType) -> None:
+def test_detectron2_builds_the_recipe(name: str, trainer: ModuleType) -> None:
     cfg, _ = load_config("--num-gpus", "0", "--config-file", str(CONFIGS / f"{name}.yaml"))
     for key, expected in (DEFAULTS | recipe_of(name)).items():
         assert functools.reduce(getattr, key.split("."), cfg) == expected, key
-    tensors = {prefix: sum(key.startswith(prefix) for key in d2_config.model_state(cfg)) for prefix in (RESNET, VIT)}
-    assert tensors == ({RESNET: 0, VIT: 147} if "ViT" in name else {RESNET: 318, VIT: 0})
+    tensors = {
+        prefix: sum(key.startswith(prefix) for key in d2_config.model_state(cfg))
+        for prefix in (RESNET_PREFIX, VIT_PREFIX)
+    }
+    assert tensors == ({RESNET_PREFIX: 0, VIT_PREFIX: 147} if "ViT" in name else {RESNET_PREFIX: 318, VIT_PREFIX: 0})
 
 
 def test_training_ends_with_results(trained: Path) -> None:
@@ -874,29 +881,27 @@ def test_auto_scale_keeps_the_batch_per_gpu(trainer: ModuleType, monkeypatch: py
         load_config("--num-gpus", "3")
 
 
+PYTHON_FILE = __file__
+"""A file that exists and holds neither a config nor weights."""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--config-file", __file__], "--config-file"),
+        (["--config-file", PYTHON_FILE], "--config-file"),
         (["SOLVER.LR", "1"], "SOLVER.LR"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
         (["--auto-scale", "SOLVER.IMS_PER_BATCH", "2"], "--auto-scale"),
-        (["MODEL.RESNETS.DEPTH", "18", "MODEL.WEIGHTS", __file__], "RES2_OUT_CHANNELS"),
+        (["MODEL.RESNETS.DEPTH", "18", "MODEL.WEIGHTS", PYTHON_FILE], "RES2_OUT_CHANNELS"),
         (["DATASETS.TEST", "('coco_2018_val',)"], "coco_2018_val"),
         (["DATASETS.TEST", "('coco_2014_minival',)"], "instances_minival2014.json does not exist"),
         (["MODEL.WEIGHTS", "missing.pkl"], "missing.pkl: no such file"),
-        (
-            ["--config-file", GTSA, "MODEL.WEIGHTS", __file__, "MODEL.VIT.PATCH_SIZE", "14"],
-            "MODEL.VIT.PATCH_SIZE 14: does not divide the stride 32",
-        ),
-        (
-            ["--config-file", GTSA, "MODEL.WEIGHTS", __file__, "MODEL.VIT.EMBED_DIM", "100"],
-            "MODEL.VIT.EMBED_DIM 100: not a multiple of 64",
-        ),
-        (
-            ["--config-file", GTSA, "MODEL.WEIGHTS", __file__, "MODEL.VIT.DEPTH", "10"],
-            "MODEL.VIT.OUT_BLOCKS (4, 6, 8, 12): not four growing numbers",
-        ),
+        (["--config-file", GTSA, "MODEL.VIT.PATCH_SIZE", "4"], "MODEL.VIT.PATCH_SIZE 4: must be 8, 16 or 32"),
+        (["--config-file", GTSA, "MODEL.VIT.EMBED_DIM", "100"], "MODEL.VIT.EMBED_DIM 100: must be a multiple of 64"),
+        (["--config-file", GTSA, "MODEL.VIT.DROP_PATH_RATE", "1.0"], "MODEL.VIT.DROP_PATH_RATE 1.0: must be at least"),
+        (["--config-file", GTSA, "MODEL.VIT.DEPTH", "10"], "MODEL.VIT.OUT_BLOCKS (4, 6, 8, 12): must be four growing"),
+        (["--config-file", GTSA, "MODEL.VIT.DEPTH", "13"], "numbers from 1 on, the last of them MODEL.VIT.DEPTH 13"),
+        (["--config-file", GTSA, "SOLVER.BIAS_LR_FACTOR", "2.0"], "SOLVER.BIAS_LR_FACTOR 2.0: is for SGD; set it to"),
         (["--config-file", GTSA, "SOLVER.OPTIMIZER", "SGD"], "SOLVER.LAYER_DECAY 0.75: is for ADAMW on a ViT"),
         (["--config-file", CUSTOM], "custom_train needs --train-json, --train-images, --val-json, --val-images"),
     ],
@@ -936,7 +941,7 @@ def test_detectron2_computes_the_features_of_a_vit_without_its_class_token(
     size: tuple[int, int], trainer: ModuleType, vit: ViTEncoder, vit_file: Path
 ) -> None:
     file, model = build_and_load(vit_file, GTSA, *TINY_VIT)
-    image = torch.randn(1, 3, *size)
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features, expected = model.backbone.net(image), block_outputs(vit, image)
     assert list(features) == ["block4", "block6", "block8", "block12"]
@@ -965,6 +970,28 @@ def test_pyramid_of_a_vit_has_the_strides_of_a_resnet(patch_size: int, trainer: 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 
 
+@pytest.mark.parametrize("patch_size", [8, 16, 32])
+def test_earlier_blocks_of_a_vit_have_smaller_strides(patch_size: int, trainer: ModuleType) -> None:
+    """The blocks have constant outputs, which layers with identity matrices do not change."""
+    from detectron2.layers import ShapeSpec
+
+    shape = ShapeSpec(channels=2, stride=patch_size)
+    pyramid = trainer.d2_vit.RescaledBlocks({f"block{number}": shape for number in (4, 6, 8, 12)}, norm="")
+    for layer in pyramid.modules():
+        if isinstance(layer, torch.nn.ConvTranspose2d):
+            torch.nn.init.zeros_(layer.bias)
+            layer.weight.data[:] = torch.eye(2)[:, :, None, None]
+    blocks = {name: torch.full((1, 2, 64 // patch_size, 96 // patch_size), value) for name, value in BLOCKS.items()}
+    for (name, level), value in zip(pyramid(blocks).items(), BLOCKS.values(), strict=True):
+        stride = int(name.removeprefix("stride"))
+        torch.testing.assert_close(level, torch.full((1, 2, 64 // stride, 96 // stride), value))
+    assert list(pyramid(blocks)) == ["stride4", "stride8", "stride16", "stride32"]
+
+
+BLOCKS = {"block4": 10.0, "block6": 20.0, "block8": 30.0, "block12": 40.0}
+"""The output of each block; GELU does not change such large values."""
+
+
 def test_adamw_decays_learning_rates_by_layer_and_no_norms_or_biases(trainer: ModuleType) -> None:
     from detectron2.modeling import build_model
 
@@ -977,7 +1004,7 @@ def test_adamw_decays_learning_rates_by_layer_and_no_norms_or_biases(trainer: Mo
     assert settings.keys() == set(parameters.values())
     for name, parameter in parameters.items():
         layer = 13  # everything above the ViT
-        if name.startswith(VIT):
+        if name.startswith(VIT_PREFIX):
             layer = int(name.split(".")[3]) + 1 if ".blocks." in name else 0
         group = settings[parameter]
         assert group["lr"] == pytest.approx(1e-4 * 0.75 ** (13 - layer)), name

@@ -20,6 +20,7 @@ from utils.errors import UsageError
 from utils.files import check_writable
 
 _EVALUATORS = ("coco", "cityscapes_instance")
+_VIT_BACKBONE = "build_vit_fpn_backbone"
 
 
 def load_config(args: argparse.Namespace, dataset: CustomDataset | None = None) -> tuple[Any, list[str]]:
@@ -34,7 +35,7 @@ def load_config(args: argparse.Namespace, dataset: CustomDataset | None = None) 
     import yaml
     from detectron2.config import get_cfg
 
-    from transfer.detection.d2_vit import add_vit_config
+    from transfer.detection.d2_vit import add_vit_config, check_vit
 
     cfg, where = get_cfg(), f"--config-file {args.config_file}"
     add_vit_config(cfg)
@@ -45,6 +46,8 @@ def load_config(args: argparse.Namespace, dataset: CustomDataset | None = None) 
     except (yaml.YAMLError, KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
     check_optimizer(cfg)
+    if cfg.MODEL.BACKBONE.NAME == _VIT_BACKBONE:
+        check_vit(cfg)
     processes, notes = configure_device(cfg, args)
     if dataset:
         notes += d2_custom_config.configure(cfg, dataset, args, processes)
@@ -64,14 +67,16 @@ def check_optimizer(cfg: Any) -> None:
     """Check the optimizer of a config.
 
     Raises:
-        UsageError: it is unknown, or a layer decay is given that it or the backbone does not have.
+        UsageError: it is unknown, or a setting is given that it or the backbone does not have.
     """
     optimizer, layer_decay = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LAYER_DECAY
     if optimizer not in BASE_LR:
         raise UsageError(f"SOLVER.OPTIMIZER {optimizer}: must be {' or '.join(BASE_LR)}")
     if not 0 < layer_decay <= 1:
         raise UsageError(f"SOLVER.LAYER_DECAY {layer_decay}: must be above 0 and at most 1")
-    if layer_decay < 1 and (optimizer, cfg.MODEL.BACKBONE.NAME) != ("ADAMW", "build_vit_fpn_backbone"):
+    if optimizer == "ADAMW" and cfg.SOLVER.BIAS_LR_FACTOR != 1:
+        raise UsageError(f"SOLVER.BIAS_LR_FACTOR {cfg.SOLVER.BIAS_LR_FACTOR}: is for SGD; set it to 1.0")
+    if layer_decay < 1 and (optimizer, cfg.MODEL.BACKBONE.NAME) != ("ADAMW", _VIT_BACKBONE):
         raise UsageError(f"SOLVER.LAYER_DECAY {layer_decay}: is for ADAMW on a ViT; set it to 1.0")
 
 

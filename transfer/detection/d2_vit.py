@@ -15,6 +15,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from models.vit import resize_position_embeddings
+from utils.errors import UsageError
 
 # detectron2 imports timm's layers by their former name, which timm deprecates with a warning.
 sys.modules.setdefault("timm.models.layers", timm.layers)
@@ -24,15 +25,40 @@ _HEAD_WIDTH = 64
 
 
 def add_vit_config(cfg: CfgNode) -> None:
-    """Add the keys of the backbone and of its optimizer to detectron2's config; the optimizer stays SGD."""
+    """Add the keys of the backbone and of its optimizer to detectron2's config; the optimizer stays SGD.
+
+    The values of MODEL.VIT are those of COCO_ViT_S_FPN_1x_GTSA.yaml, which repeats them to be a complete recipe.
+    """
     cfg.MODEL.VIT = CfgNode()
     cfg.MODEL.VIT.EMBED_DIM = 384  # ViT-S; a head has 64 channels at every width
     cfg.MODEL.VIT.DEPTH = 12
     cfg.MODEL.VIT.PATCH_SIZE = 16
     cfg.MODEL.VIT.DROP_PATH_RATE = 0.1  # of the last block; it grows linearly from 0
-    cfg.MODEL.VIT.OUT_BLOCKS = (4, 6, 8, 12)  # counted from 1, one for each stride
+    cfg.MODEL.VIT.OUT_BLOCKS = (4, 6, 8, 12)  # counted from 1, one for each stride; DEPTH is the last
     cfg.SOLVER.OPTIMIZER = "SGD"  # or ADAMW
     cfg.SOLVER.LAYER_DECAY = 1.0  # of ADAMW on a ViT: the learning rate's factor from each block to the one below
+
+
+def check_vit(cfg: CfgNode) -> None:
+    """Check the values of MODEL.VIT.
+
+    Raises:
+        UsageError: one is not possible.
+    """
+    vit = cfg.MODEL.VIT
+    if vit.EMBED_DIM < 1 or vit.EMBED_DIM % _HEAD_WIDTH:
+        raise UsageError(f"MODEL.VIT.EMBED_DIM {vit.EMBED_DIM}: must be a multiple of {_HEAD_WIDTH}, such as 384")
+    if vit.PATCH_SIZE not in (8, 16, 32):
+        raise UsageError(f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}: must be 8, 16 or 32")
+    if not 0 <= vit.DROP_PATH_RATE < 1:
+        raise UsageError(f"MODEL.VIT.DROP_PATH_RATE {vit.DROP_PATH_RATE}: must be at least 0 and below 1")
+    blocks = sorted(set(vit.OUT_BLOCKS) & set(range(1, vit.DEPTH + 1)))
+    # Blocks above the last one would have no gradient, which stops training on several GPUs.
+    if blocks != list(vit.OUT_BLOCKS) or len(blocks) != len(_STRIDES) or blocks[-1] != vit.DEPTH:
+        raise UsageError(
+            f"MODEL.VIT.OUT_BLOCKS {vit.OUT_BLOCKS}: must be four growing numbers from 1 on, the last of them "
+            f"MODEL.VIT.DEPTH {vit.DEPTH}"
+        )
 
 
 class MultiOutputViT(ViT):
@@ -93,7 +119,7 @@ def _rescale(width: int, stride: int, new_stride: int, norm: str) -> nn.Module:
     layers: list[nn.Module] = []
     while stride > new_stride:
         if layers:
-            layers += [get_norm(norm, width), nn.GELU()]
+            layers += [get_norm(norm, width) or nn.Identity(), nn.GELU()]
         layers.append(nn.ConvTranspose2d(width, width, kernel_size=2, stride=2))
         stride //= 2
     return nn.Sequential(*layers)
@@ -127,19 +153,8 @@ class ViTFPN(Backbone):
 
 
 def build_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ViTFPN:
-    """Build the backbone of a config.
-
-    Raises:
-        ValueError: MODEL.VIT has values that do not go together.
-    """
+    """Build the backbone of a config, whose values `check_vit` has checked."""
     vit = cfg.MODEL.VIT
-    if vit.EMBED_DIM < 1 or vit.EMBED_DIM % _HEAD_WIDTH:
-        raise ValueError(f"MODEL.VIT.EMBED_DIM {vit.EMBED_DIM}: not a multiple of {_HEAD_WIDTH}")
-    if vit.PATCH_SIZE < 1 or _STRIDES[-1] % vit.PATCH_SIZE:
-        raise ValueError(f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}: does not divide the stride {_STRIDES[-1]}")
-    blocks = sorted(set(vit.OUT_BLOCKS) & set(range(1, vit.DEPTH + 1)))
-    if blocks != list(vit.OUT_BLOCKS) or len(blocks) != len(_STRIDES):
-        raise ValueError(f"MODEL.VIT.OUT_BLOCKS {vit.OUT_BLOCKS}: not four growing numbers from 1 to {vit.DEPTH}")
     with torch.device("cpu"):  # detectron2 reads the drop path rates from a tensor, which the meta device cannot
         net = MultiOutputViT(
             vit.OUT_BLOCKS,

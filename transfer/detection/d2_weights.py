@@ -18,12 +18,14 @@ from transfer.encoders import read_encoder
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.safe_pickle import load_arrays
+from utils.vit_names import DETECTRON2_PREFIX
 
-RESNET, VIT = "backbone.bottom_up.", "backbone.net."
-"""Prefixes of the tensors of a ResNet and of a ViT in a model with an FPN."""
+RESNET_PREFIX = "backbone.bottom_up."
+"""The prefix of a ResNet's tensors in a model with an FPN."""
 
-_BACKBONES = (RESNET, VIT)
+_BACKBONES = (RESNET_PREFIX, DETECTRON2_PREFIX)
 
+_IMAGE_SIZE = 224  # of the position embeddings of a ViT in detectron2
 _CONVERT_COMMAND = "python transfer/detection/convert_pretrain_to_d2.py"
 _BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -98,7 +100,9 @@ def read_weights(file: WeightsFile) -> FileContents:
         weights = _rename_caffe2(weights)
     if caffe2 or state.get("matching_heuristics"):
         backbone_prefixes = ("stem.", "res")
-        weights = {f"{RESNET}{name}" if name.startswith(backbone_prefixes) else name: weights[name] for name in weights}
+        weights = {
+            f"{RESNET_PREFIX}{name}" if name.startswith(backbone_prefixes) else name: weights[name] for name in weights
+        }
     return FileContents(weights, caffe2)
 
 
@@ -155,6 +159,8 @@ def check_weights(file: WeightsFile, model: Mapping[str, Tensor]) -> dict[str, T
         if name not in contents.tensors:
             raise UsageError(f"{where}: {name} is missing; {incomplete}")
         shape, model_shape = tuple(contents.tensors[name].shape), tuple(model[name].shape)
+        if shape != model_shape and name == f"{DETECTRON2_PREFIX}pos_embed" and not file.full_model:
+            raise UsageError(f"{where}: {name} is for another image size; use an encoder for {_IMAGE_SIZE} px")
         if shape != model_shape:
             raise UsageError(f"{where}: {name} has shape {shape} and the config's model {model_shape}; {other}")
         if not contents.tensors[name].isfinite().all():
