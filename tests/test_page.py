@@ -1,25 +1,33 @@
 """The HTML page of viz_slots.py; most tests need a browser and are skipped without selenium and chromium."""
 
 import argparse
+import base64
 import json
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from data.datasets import build_dataset
 from transfer.figures.extractor import CenterCrops, FeatureExtractor, SlotExtractor
 from transfer.figures.image_page import build_image_page
+from transfer.figures.nearest_patches import sample_position
+from transfer.figures.principal_components import PrincipalComponents
 from transfer.figures.prototype_page import build_page
 from transfer.figures.prototype_stats import PrototypeStats
+from transfer.figures.regions import resample
+from transfer.figures.tiles import enlarge, mark_patch, weight_colors
 from transfer.figures.vit_attention import EncodedImages
-from utils.visualization import palette
+from utils.visualization import normalize, palette
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 HAS_BROWSER = bool(find_spec("selenium") and BROWSER and DRIVER)
@@ -53,20 +61,21 @@ def page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def encode_colors(inputs: Tensor) -> EncodedImages:
+    """Return maps of 4 x 4 colors as features, and three heads that attend to a color each."""
+    small = F.interpolate(inputs, (4, 4))
+    return EncodedImages(small, small.softmax(dim=1))
+
+
 @pytest.fixture(scope="module")
 def image_page(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of 16 images in a folder whose name is long."""
-
-    def model(inputs: Tensor) -> EncodedImages:
-        small = F.interpolate(inputs, (4, 4))
-        return EncodedImages(small, small.softmax(dim=1))
-
+    """A page of 8 of 16 images in a folder whose name is long."""
     folder = tmp_path_factory.mktemp("image_page")
     (folder / "images" / "validation_2017").mkdir(parents=True)
     for number, path in enumerate(sorted(images.iterdir())):
         shutil.copy(path, folder / "images" / "validation_2017" / f"ADE_val_{number:08}-0123456789abcdef0123456789.jpg")
     dataset = build_dataset(argparse.Namespace(dataset="folder", data_dir=str(folder / "images"), seed=0), recipes=())
-    extractor = FeatureExtractor(model, CenterCrops(dataset, 64), torch.device("cpu"), 16, 0)
+    extractor = FeatureExtractor(encode_colors, CenterCrops(dataset, 64), torch.device("cpu"), 16, 0)
     path = folder / "page.html"
     path.write_bytes(build_image_page(extractor, range(0, 16, 2), range(16), 3, 0, "details"))
     return path
@@ -294,6 +303,47 @@ def test_page_fits_the_width_in_light_and_dark(width: int, browser: Any) -> None
 
 
 # The page of images
+
+
+def decode_tiles(strip: str, count: int) -> Tensor:
+    """Return the images (count, 3, side, side) in [0, 1] of a strip."""
+    with Image.open(BytesIO(base64.b64decode(strip))) as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return torch.stack(pixels.chunk(count, dim=2))
+
+
+def shrink(image: Tensor, position: int | None = None) -> Tensor:
+    """Return an image (3, side, side) with the box of a patch, at a size at which JPEG changes little."""
+    marked = image if position is None else mark_patch(image, position, 4)
+    return F.interpolate(marked[None], (16, 16), mode="area")[0]
+
+
+def test_strips_of_images_show_views_and_nearest_patches_in_order(image_page: Path) -> None:
+    data = read_data(image_page)
+    folder = image_page.parent / "images"
+    dataset = build_dataset(argparse.Namespace(dataset="folder", data_dir=str(folder), seed=0), recipes=())
+    crops = CenterCrops(dataset, 64)
+    numbers = [int(name[24:32]) for name in data["names"]]
+    pixels = torch.stack([crops[number].pixels for number in range(16)])
+    features, attention = encode_colors(normalize(pixels / 255))
+    rows = F.normalize(features.flatten(2), dim=1)
+    shown = [numbers[card["image"]] for card in data["cards"]]
+    assert shown == list(range(0, 16, 2))
+    components = PrincipalComponents()
+    components.update(features[shown])
+    colors = components.fit().colors(features)
+    heat = weight_colors(attention.mean(dim=1))
+    for card, image in zip(data["cards"], shown):
+        query = sample_position(image, 4, 0)
+        views = decode_tiles(card["strips"][0], 3)
+        expected = [shrink(resample(pixels[image : image + 1], 196)[0], query)]
+        expected += [shrink(enlarge(maps[image], 196)) for maps in (colors, heat)]
+        nearest = [numbers[index] for index, _ in card["nearest"]]
+        for neighbor in nearest:
+            position = int((rows[neighbor].T @ rows[image, :, query]).argmax())
+            expected.append(shrink(resample(pixels[neighbor : neighbor + 1], 128)[0], position))
+        drawn = [shrink(tile) for tile in (*views, *decode_tiles(card["strips"][1], 3))]
+        torch.testing.assert_close(torch.stack(drawn), torch.stack(expected), atol=0.15, rtol=0)
 
 
 @pytest.fixture
