@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, resnet50
 
 from tests.helpers import run_expecting_usage_error
-from tests.probe_data import write_image
+from tests.probe_data import make_inat19
 from tests.segmentation_data import VOC_CONFIG, make_data, small_run
 from transfer import evaluate
 from transfer.classification import finetune
@@ -434,7 +433,7 @@ def test_options_follow_the_recipe_that_is_not_the_released_one(command: Command
 def test_recipes_that_are_not_released_run_on_request_only() -> None:
     assert set(FINE_TUNINGS) - set(DEFAULT_NAMES) == {"voc12aug_imagenet_norm", "cityscapes_imagenet_norm"}
     for fine_tuning in FINE_TUNINGS.values():
-        assert not fine_tuning.config or fine_tuning.config_path("SlotFA").is_file()
+        assert fine_tuning.task == "classification" or fine_tuning.config_path("SlotFA").is_file()
 
 
 @pytest.fixture
@@ -872,7 +871,8 @@ def test_vit_is_fine_tuned_on_labeled_images(
         return 0
 
     monkeypatch.undo()
-    monkeypatch.setenv("CLASSIFICATION_DATA", str(make_inat19(tmp_path / "labeled")))
+    make_inat19(tmp_path / "labeled/inat19")
+    monkeypatch.setenv("CLASSIFICATION_DATA", str(tmp_path / "labeled"))
     monkeypatch.setattr("transfer.evaluation.runs.run_command", run_command)
     monkeypatch.setattr("transfer.evaluation.plan.measure_throughput", lambda: 100.0)
     weights = untrained_encoder("vit_tiny_patch32_224", seed=0).weights
@@ -888,18 +888,6 @@ def test_vit_is_fine_tuned_on_labeled_images(
     assert row["values"] in ([0], [50], [100])
     changes = "--max-val-images=2 --epochs=1 --batch-size=2 --image-size=32 --num-workers=0"
     assert row["recipe"] == f"this project's, changed: {changes}"
-
-
-def make_inat19(root: Path) -> Path:
-    """Write `inat19` below `root`, with four training and three validation images of two classes."""
-    for split, count in (("train", 4), ("val", 3)):
-        images = [{"id": number, "file_name": f"train_val2019/{split}_{number}.jpg"} for number in range(count)]
-        annotations = [{"image_id": number, "category_id": number % 2} for number in range(count)]
-        for image in images:
-            write_image(root / "inat19" / str(image["file_name"]), np.zeros((40, 48, 3)))
-        content = {"images": images, "annotations": annotations}
-        (root / f"inat19/{split}2019.json").write_text(json.dumps(content))
-    return root
 
 
 @pytest.mark.parametrize(
@@ -925,6 +913,7 @@ def make_inat19(root: Path) -> Path:
         (["--segmentation-options", "a='"], "no closing quotation"),
         (["--classification-options=--output-dir x"], "--output-dir cannot be changed"),
         (["--classification-options=--epochs 1 2"], "2 is not supported; only flags of finetune.py"),
+        (["--classification-options=--epochs 1 --epochs=2"], "--epochs is given twice; omit one of the two"),
         (["--classification-options", "epochs=1"], "epochs=1 is not supported; only flags of finetune.py"),
         (["--only", "inat19", "--classification-options=--epochs few"], "--epochs is 'few', not a whole number"),
         (["--only", "voc"], "--only"),

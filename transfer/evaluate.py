@@ -250,7 +250,7 @@ def _report_skipped(args: argparse.Namespace, skipped: dict[str, str], arch: str
     for name, reason in reasons.items():
         print(f"skipped {name}: {reason}", flush=True)
     if nothing_to_do:
-        tasks = dict.fromkeys(FINE_TUNINGS[name].task for name in reasons if FINE_TUNINGS[name].takes(arch))
+        tasks = dict.fromkeys(FINE_TUNINGS[name].task for name in reasons if FINE_TUNINGS[name].accepts_arch(arch))
         if not tasks:
             raise UsageError(f"no fine-tuning can run: none of these configs is for {arch}")
         missing = "; ".join(

@@ -62,7 +62,7 @@ class FineTuning:
     config: str
     """Path below the task's `configs`; `{method}` is SlotCon or SlotFA, whose files differ in their names only.
 
-    It is empty for classification, whose recipe is the defaults of finetune.py.
+    For classification, whose recipe is the defaults of finetune.py, its `--dataset`, and the folder of the images.
     """
     dataset: DatasetFiles
     metrics: dict[str, str]
@@ -83,13 +83,13 @@ class FineTuning:
         """Return the file of the config for an encoder of `method`."""
         return TRANSFER / self.task / "configs" / self.config.format(method=method)
 
-    def takes(self, arch: str) -> bool:
+    def accepts_arch(self, arch: str) -> bool:
         """Return whether the config is for encoders of this architecture."""
         return not self.arch or arch == self.arch
 
     def why_unavailable(self, arch: str) -> str:
         """Return why this fine-tuning cannot run on this machine with an encoder `arch`; empty if it can."""
-        if not self.takes(arch):
+        if not self.accepts_arch(arch):
             return f"the config is for {self.arch}, and the encoder is {arch}"
         if not is_installed(self.task):
             return f"{PACKAGES[self.task]} is not installed"
@@ -168,7 +168,7 @@ FINE_TUNINGS = {
         {"mask AP": "segm.AP"},
         RunLength(24000, batch_size=8, precise_bn=200),
         _MASK_RCNN_CITYSCAPES,
-        _PROJECT,
+        recipe=_PROJECT,
         evaluates_all_images=True,
     ),
     "coco_2x": FineTuning(
@@ -179,7 +179,7 @@ FINE_TUNINGS = {
         _AP,
         RunLength(180000, precise_bn=200),
         _MASK_RCNN_COCO,
-        _PROJECT,
+        recipe=_PROJECT,
     ),
     "coco_vit": FineTuning(
         "COCO, Mask R-CNN ViT-S FPN, 12 epochs",
@@ -189,8 +189,8 @@ FINE_TUNINGS = {
         _AP,
         RunLength(90000, precise_bn=200),
         _MASK_RCNN_VIT_COCO,
-        _PROJECT,
-        _VIT_S,
+        recipe=_PROJECT,
+        arch=_VIT_S,
         published=Published(_GTSA, _VIT_S, {"box AP": 35.8, "mask AP": 33.5}),
     ),
     "ade20k_vit": FineTuning(
@@ -201,19 +201,19 @@ FINE_TUNINGS = {
         _MIOU,
         RunLength(40000, eval_period=4000),
         _SEMANTIC_FPN_VIT,
-        _PROJECT,
-        _VIT_S,
+        recipe=_PROJECT,
+        arch=_VIT_S,
         published=Published(_GTSA, _VIT_S, {"mIoU": 30.6}),
     ),
     "inat19": FineTuning(
         "iNaturalist 2019, fine-tuning, 100 epochs",
         "classification",
-        "",
+        "inat19",
         INAT19,
         {"top-1": "top1", "top-5": "top5"},
         RunLength(25800, batch_size=1024, eval_period=258, epochs=100),
         None,
-        _PROJECT,
+        recipe=_PROJECT,
         arch="",
         published=Published(_GTSA, _VIT_S, {"top-1": 59.7}),
     ),
@@ -225,7 +225,7 @@ FINE_TUNINGS = {
         _MIOU,
         _VOC_30K,
         _FCN_STRIDE_16_513,
-        _IMAGENET_NORM,
+        recipe=_IMAGENET_NORM,
     ),
     "cityscapes_imagenet_norm": FineTuning(
         "Cityscapes, FCN d6 stride 16, 90k",
@@ -235,7 +235,7 @@ FINE_TUNINGS = {
         _MIOU,
         _CITYSCAPES_90K,
         _FCN_STRIDE_16_769,
-        _IMAGENET_NORM,
+        recipe=_IMAGENET_NORM,
     ),
 }
 """By their names for --only, in the order in which they run."""

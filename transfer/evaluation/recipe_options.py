@@ -107,6 +107,8 @@ def _parse_flags(flag: str, words: list[str]) -> Options:
     for word in words:
         if word.startswith("--"):
             name, _, value = word.partition("=")
+            if name in options:
+                raise UsageError(f"{flag}: {name} is given twice; omit one of the two")
             options[name] = value
         elif options and not options[name]:
             options[name] = word

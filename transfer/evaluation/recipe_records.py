@@ -16,7 +16,8 @@ _CHECKPOINTS = ("last_checkpoint", "current.pth")
 
 def make_record(fine_tuning: FineTuning, options: Options) -> dict[str, Any]:
     """Return what identifies a recipe: the text of the table, the options, and the checksum of the config, if any."""
-    checksum = compute_config_checksum(fine_tuning.config_path()) if fine_tuning.config else ""
+    has_config = fine_tuning.task != "classification"
+    checksum = compute_config_checksum(fine_tuning.config_path()) if has_config else ""
     return {"recipe": describe_recipe(fine_tuning, options), "options": dict(options), "config_sha256": checksum}
 
 

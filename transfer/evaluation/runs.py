@@ -168,7 +168,8 @@ def _segmentation_command(gpus: int, config: str, weights: str, run: FineTuningR
 def _classification_command(gpus: int, weights: str, run: FineTuningRun) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     command = [sys.executable, *launcher, str(TRANSFER / "classification" / "finetune.py"), weights]
-    command += ["--dataset", run.name, "--data-dir", str(data_root("classification") / run.name)]
+    dataset = run.fine_tuning.config
+    command += ["--dataset", dataset, "--data-dir", str(data_root("classification") / dataset)]
     command += ["--output-dir", str(run.folder / "run"), "--seed", str(run.seed), "--auto-resume"]
     return [*command, "--device", "cuda" if gpus else "cpu", *_flags(run)]
 
