@@ -689,7 +689,7 @@ def test_framework_without_vits_is_refused_for_a_vit(
 ) -> None:
     torch.save(vit_weights(1), tmp_path / "in.pth")
     line = convert_expecting_usage_error(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "torchvision")
-    assert "--to torchvision has no vit_tiny_patch16_224" in line
+    assert "torchvision has no vit_tiny_patch16_224" in line
     assert "use transfer/convert.py --to timm, detectron2, mmseg or safetensors" in line
 
 

@@ -87,7 +87,7 @@ def write_converted(path: Path, encoder: EncoderWeights, target: str) -> int:
     if is_vit(encoder.arch) and not format_.vit_name:
         others = [name for name, other in FORMATS.items() if other.vit_name]
         names = f"{', '.join(others[:-1])} or {others[-1]}"
-        raise UsageError(f"--to {target} has no {encoder.arch}; use transfer/convert.py --to {names}")
+        raise UsageError(f"{target} has no {encoder.arch}; use transfer/convert.py --to {names}")
     weights = format_.rename(encoder)
     provenance = encoder.provenance | {"format": target}
     write_output("OUT", path, lambda file: format_.write(file, weights, provenance))

@@ -57,9 +57,9 @@ def verify(
     """
     encoder = read_encoder(source, which, flags[0])
     weights, provenance = _read_converted(converted, flags[1])
-    if target and (made_for := provenance.get("format", target)) != target:
-        raise UsageError(f"{converted}: is made for {made_for}, not for {target}; use convert.py with --to {made_for}")
     made_for = provenance.get("format", "")
+    if target and made_for and made_for != target:
+        raise UsageError(f"{converted}: is made for {made_for}, not for {target}; use convert.py with --to {made_for}")
     weights = _complete(source, converted, encoder, weights, made_for)
     pixels = _crop_to_patches(pixels, encoder.arch)
     network, description = _converted_network(converted, EncoderWeights(weights, encoder.arch, {}), made_for)
