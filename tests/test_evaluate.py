@@ -252,6 +252,7 @@ def test_reason_of_a_failure_is_one_short_line(code: str, reason: str, command: 
 
 
 def test_interrupted_call_resumes(command: Command, capsys: CAPSYS) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
     command.programs["coco"] = f"import os, time; os.kill({os.getpid()}, {signal.SIGTERM}); time.sleep(60)"
     assert command.run("--only", "coco", "voc12aug") == 130
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
@@ -259,6 +260,7 @@ def test_interrupted_call_resumes(command: Command, capsys: CAPSYS) -> None:
     del command.programs["coco"]
     assert command.run("--only", "voc12aug", "coco") == 0
     assert command.rows()["coco", "box AP"]["values"] == [40]
+    assert signal.getsignal(signal.SIGTERM) is handler  # otherwise it would be inherited by processes of later tests
 
 
 def test_signal_at_the_start_of_a_run_ends_its_process(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,15 @@ from utils.files import atomic_write_text, check_writable
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit with status 0, with 1 if a fine-tuning failed, with 2 after a usage error."""
     args = _parse_args(argv)
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         complete = evaluate(args)
     except UsageError as error:
         distributed.exit_with_error(str(error))
     except (KeyboardInterrupt, _Terminated):
         distributed.exit_with_error("interrupted; run the same command again to resume", status=130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     sys.exit(0 if complete else 1)
 
 
