@@ -107,8 +107,8 @@ def build_run(args: argparse.Namespace, device: torch.device, num_images: int) -
     notes = compiler.resolve_compile(args, device)
     torch.manual_seed(args.seed)
     method = build_method(args).to(device).to(memory_format=torch.channels_last)
-    for flag in method.view_size_flags:
-        method.encoder_q.check_image_size(getattr(args, flag.removeprefix("--").replace("-", "_")), flag)
+    for name in method.view_sizes:
+        method.encoder_q.check_image_size(getattr(args, name), f"--{name.replace('_', '-')}")
     if device.type == "cuda" and distributed.world_size() > 1:
         synchronize_batch_norms(method)
     notes += [*config.plan_notes(args), *method.notes(args.epochs)]

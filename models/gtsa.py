@@ -7,11 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.alignment import align, pairwise_overlap_boxes
 from models.backbones import build_encoder
-from models.ema import copy_and_freeze, ema_update
 from models.heads import ConvHead, RotationHead
 from models.losses import aligned_cosine, patch_correspondence
 from models.method import VIT_OPTIMIZATION, Method
@@ -54,7 +53,7 @@ class GTSA(Method):
         "clip_grad_per_parameter": True,
     }
     vit_recipe: ClassVar[Mapping[str, Any]] = {"drop_path": 0.1}
-    view_size_flags: ClassVar[tuple[str, ...]] = ("--image-size", "--local-size")
+    view_sizes: ClassVar[tuple[str, ...]] = ("image_size", "local_size")
     compiled: ClassVar[tuple[str, ...]] = ("encode_student", "encode_teacher", "compute_losses")
 
     @staticmethod
@@ -109,11 +108,7 @@ class GTSA(Method):
         self.rotation_head = RotationHead(self.encoder_q.width)
         if not args.rotation_weight:
             self.rotation_head.requires_grad_(False)  # it has no gradient then, which DDP expects of all parameters
-        for student, teacher in self._student_teacher_pairs():
-            copy_and_freeze(student, teacher)
-
-    def _student_teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.encoder_q, self.encoder_k), (self.projector_q, self.projector_k)]
+        self.initialize_teacher()
 
     def notes(self, epochs: int) -> list[str]:
         """Tell if the run ends before the patch correspondence loss starts."""
@@ -121,11 +116,6 @@ class GTSA(Method):
             return []
         start = self.correspondence_epoch
         return [f"no patch correspondence loss: it starts after {start} epochs; --correspondence-epoch sets that"]
-
-    def update_teacher(self, momentum: float) -> None:
-        """Update the EMA teacher; called once per optimizer step, before the forward."""
-        for student, teacher in self._student_teacher_pairs():
-            ema_update(student, teacher, momentum)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss of the global and the local views of B images."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from models.backbones import Encoder
+from models.ema import copy_and_freeze, ema_update
 from utils.batch import Batch
 from utils.meter import Monitor
 from utils.view_recipes import ViewRecipe, two_view_recipes
@@ -36,8 +37,8 @@ class Method(nn.Module, ABC):
     """Published values of shared arguments (optimizer, learning rate, epochs, ...), which become their defaults."""
     vit_recipe: ClassVar[Mapping[str, Any]] = {}
     """Values that replace those of `recipe` where `--arch` is a ViT."""
-    view_size_flags: ClassVar[tuple[str, ...]] = ("--image-size",)
-    """The flags that set the sides of the views, which the encoder has to accept."""
+    view_sizes: ClassVar[tuple[str, ...]] = ("image_size",)
+    """The arguments that set the sides of the views, which the encoder has to accept."""
     compiled: ClassVar[tuple[str, ...]] = ()
     """Names of the methods that `--compile` compiles: fixed shapes, tensors in and out, no host reads."""
     encoder_q: Encoder
@@ -63,9 +64,21 @@ class Method(nn.Module, ABC):
             `loss`, a scalar with gradient, and detached scalars to log, named with their group (`loss/group`).
         """
 
-    @abstractmethod
+    def student_teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the parts `NAME_q` of the student that have a counterpart `NAME_k` in the teacher, and that."""
+        parts = dict(self.named_children())
+        counterparts = {name: f"{name[:-2]}_k" for name in parts if name.endswith("_q")}
+        return [(parts[name], parts[other]) for name, other in counterparts.items() if other in parts]
+
+    def initialize_teacher(self) -> None:
+        """Copy the student to the teacher, and exclude the teacher from the gradient; called by the constructor."""
+        for student, teacher in self.student_teacher_pairs():
+            copy_and_freeze(student, teacher)
+
     def update_teacher(self, momentum: float) -> None:
         """Update the EMA teacher; called once per optimizer step, before the forward."""
+        for student, teacher in self.student_teacher_pairs():
+            ema_update(student, teacher, momentum)
 
     def notes(self, epochs: int) -> list[str]:
         """Return messages for the user about a run of so many epochs."""

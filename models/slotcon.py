@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from models.alignment import align, overlap_boxes
 from models.backbones import build_encoder
-from models.ema import copy_and_freeze, ema_update
 from models.grouping import Grouping, ViewSlots, occupied
 from models.heads import Projector, SlotPredictor
 from models.losses import distillation, slot_contrast
@@ -99,20 +98,7 @@ class SlotCon(Method):
         self.register_buffer("center", torch.zeros(1, args.num_prototypes))
         if not self.loss_weights["loss/contrast"]:
             self.predictor_slot.requires_grad_(False)  # unused, but part of the published checkpoints
-        for student, teacher in self._student_teacher_pairs():
-            copy_and_freeze(student, teacher)
-
-    def _student_teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [
-            (self.encoder_q, self.encoder_k),
-            (self.projector_q, self.projector_k),
-            (self.grouping_q, self.grouping_k),
-        ]
-
-    def update_teacher(self, momentum: float) -> None:
-        """Update the EMA teacher; called once per optimizer step, before the forward."""
-        for student, teacher in self._student_teacher_pairs():
-            ema_update(student, teacher, momentum)
+        self.initialize_teacher()
 
     def build_monitor(self, steps_per_epoch: int) -> SlotMonitor:
         """Build the monitor of the slots."""
