@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.precision import upcast
 from utils.distributed import all_reduce_sum
+from utils.seeds import derive_seed
 
 
 class AugmentationNoise(NamedTuple):
@@ -43,7 +43,7 @@ class SlotAugmentation(nn.Module):
     def draw_noise(self, seed: int, step: int, view: int, device: torch.device) -> AugmentationNoise:
         """Draw the noise of a view of a step."""
         generator = torch.Generator(device)
-        generator.manual_seed(int(np.random.SeedSequence([seed, step, view]).generate_state(1, np.uint64)[0]))
+        generator.manual_seed(derive_seed(seed, step, view))
         alpha = torch.randn(self.shape, generator=generator, device=device).mul_(self.sigma_scale).add_(1)
         beta = torch.randn(self.shape, generator=generator, device=device).mul_(self.sigma_shift)
         return AugmentationNoise(alpha, beta, torch.rand(self.shape[0], generator=generator, device=device))

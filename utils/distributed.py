@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UsageError
+from utils.seeds import derive_seed
 
 
 def rank() -> int:
@@ -151,7 +151,7 @@ def check_same_on_all_ranks(flags: str, value: object) -> None:
 
 def seed_forward(seed: int, step: int, number: int) -> None:
     """Seed torch's generators for batch `number` of a step on this rank: a resumed run repeats its stochastic depth."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, number, rank()]).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(derive_seed(seed, step, number, rank()))
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
