@@ -32,7 +32,8 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 """The image folders of each dataset below --data-dir (for the demo, below the folder that it draws)."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
-_MAX_UNREADABLE_IN_A_ROW = 20
+MAX_UNREADABLE_IN_A_ROW = 20
+"""Unreadable files in a row after which a black image is taken; the run stops at its next report."""
 _BLACK = Image.new("RGB", (256, 256))
 _BLACK_ENCODED = pixel_image(_BLACK)
 _ImageT = TypeVar("_ImageT")
@@ -105,21 +106,39 @@ class MultiViewDataset:
         return torch.stack([center_view(image, size) for image in images])
 
     def _read(self, number: int, read: Callable[[Path], _ImageT], black: _ImageT) -> tuple[_ImageT, int, list[str]]:
-        """Read image `number`, or the next readable one.
+        return read_or_substitute(self.root, self.files, number, read, black)
 
-        Returns:
-            The image, or `black` if many in a row are unreadable (the run counts them, and stops at its next report);
-            its number; and the files that could not be read.
-        """
-        unreadable: list[str] = []
-        for substitute in range(number, number + _MAX_UNREADABLE_IN_A_ROW):
-            substitute %= len(self)
-            path = self.root / os.fsdecode(self.files[substitute])
-            try:
-                return read(path), substitute, unreadable
-            except Exception:  # damaged files make the decoders of Pillow raise nearly any exception
-                unreadable.append(str(path))
-        return black, number, unreadable
+
+def read_or_substitute(
+    root: Path,
+    files: np.ndarray,
+    number: int,
+    read: Callable[[Path], _ImageT],
+    black: _ImageT,
+    tries: int = MAX_UNREADABLE_IN_A_ROW,
+) -> tuple[_ImageT, int, list[str]]:
+    """Read image `number` of a list of files, or the next readable one.
+
+    Args:
+        root: the folder of the files.
+        files: encoded by `os.fsencode`.
+        number: of the image.
+        read: reads a file, and raises any exception if it is damaged.
+        black: takes the place of an image after `tries` unreadable files.
+        tries: number of files to try.
+
+    Returns:
+        The image, or `black`; its number; and the files that could not be read, `tries` of them for `black`.
+    """
+    unreadable: list[str] = []
+    for substitute in range(number, number + tries):
+        substitute %= len(files)
+        path = root / os.fsdecode(files[substitute])
+        try:
+            return read(path), substitute, unreadable
+        except Exception:  # damaged files make the decoders of Pillow raise nearly any exception
+            unreadable.append(str(path))
+    return black, number, unreadable
 
 
 def _read_image(path: Path) -> Image.Image:

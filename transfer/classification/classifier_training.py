@@ -9,12 +9,12 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader
 
+from data.datasets import MAX_UNREADABLE_IN_A_ROW
 from data.loader import EpochSampler
 from transfer.classification.accuracy import Accuracy, evaluate
 from transfer.classification.augmentation import Mix
 from transfer.classification.fine_tuning_run import Classification
 from transfer.classification.labeled_images import (
-    MAX_UNREADABLE_IN_A_ROW,
     NO_LABEL,
     LabeledBatch,
     TrainingImages,

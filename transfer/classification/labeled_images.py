@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.datasets import MAX_UNREADABLE_IN_A_ROW, read_or_substitute
 from data.views import rgb_pixels
 from transfer.classification.labeled_files import LabeledFiles
+from utils.seeds import derive_seed
 
 NO_LABEL = -1
 """The label of an image that cannot be read, which equals no prediction."""
-MAX_UNREADABLE_IN_A_ROW = 20
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -73,18 +75,14 @@ class ValidationImages(Dataset[LabeledImage]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> LabeledImage:
-        image, unreadable = self._read(index)
-        label = NO_LABEL if unreadable else int(self.labels[index])
-        return LabeledImage(self.transform(image), label, index, unreadable)
+        return self._label(index, tries=1)
 
-    def _read(self, number: int) -> tuple[Image.Image, tuple[str, ...]]:
-        """Return an image, and nothing; or a black image, and the name of the file that cannot be read."""
-        path = self.root / os.fsdecode(self.files[number])
-        try:
-            with Image.open(path) as image:
-                return Image.fromarray(rgb_pixels(image)), ()
-        except Exception:  # damaged files make the decoders of Pillow raise nearly any exception
-            return Image.new("RGB", (256, 256)), (str(path),)
+    def _label(self, index: int, tries: int) -> LabeledImage:
+        """Return an image, or the next readable one of `tries`, with its label; else a black one without a label."""
+        black = Image.new("RGB", (256, 256))
+        image, number, unreadable = read_or_substitute(self.root, self.files, index, _read_image, black, tries)
+        label = NO_LABEL if len(unreadable) == tries else int(self.labels[number])
+        return LabeledImage(self.transform(image), label, index, tuple(unreadable))
 
 
 class TrainingImages(ValidationImages):
@@ -102,20 +100,17 @@ class TrainingImages(ValidationImages):
     def __getitem__(self, index: int) -> LabeledImage:
         epoch, number = divmod(index, len(self))
         seed_generators(self.seed, epoch, number)
-        unreadable: list[str] = []
-        for substitute in range(number, number + MAX_UNREADABLE_IN_A_ROW):
-            substitute %= len(self)
-            image, failed = self._read(substitute)
-            unreadable += failed
-            if not failed:
-                break
-        label = NO_LABEL if failed else int(self.labels[substitute])
-        return LabeledImage(self.transform(image), label, number, tuple(unreadable))
+        return self._label(number, MAX_UNREADABLE_IN_A_ROW)
+
+
+def _read_image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return Image.fromarray(rgb_pixels(image))
 
 
 def seed_generators(*key: int) -> None:
     """Seed the generators of Python, NumPy and torch, all of which timm's augmentation uses, by a tuple of numbers."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    seed = derive_seed(*key) % 2**32  # the largest range that NumPy takes
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
